@@ -1,0 +1,1 @@
+"""The networks and their geometry: HaMeR, the teacher's checkpoint, students, the MANO layer, crops and labels."""

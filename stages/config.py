@@ -1,0 +1,112 @@
+"""The sections of pipeline.yaml that the offline stages read: `datasets`, `teacher`, `synthesise`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from storage.config import Section
+
+Protocol = Literal["freihand", "ho3d", "hint"]
+
+
+class FilteringConfig(Section):
+    """HaMeR's cleaning rules, applied in its order (HaMeR configs/data_filtering/low1.yaml)."""
+
+    suppress_keypoint_confidence: float = Field(default=0.3, ge=0)
+    """2D confidences below this become 0."""
+    suppress_betas: float | None = Field(default=3.0, gt=0)
+    """Shape labels with any |beta| above this are not trusted; null: off."""
+    poses_betas_simultaneous: bool = True
+    """Trust pose and shape labels only together."""
+    min_keypoints: int = Field(default=4, ge=0)
+    """A hand needs MORE than this many 2D keypoints with positive confidence."""
+    max_reprojection_loss: float | None = Field(default=31000.0, gt=0)
+    """Drop fits whose recorded reprojection loss is not below this; null: off."""
+    betas_regularisation: bool = True
+    """Where the shape is unknown, teach the mean shape (zeros)."""
+
+
+class HamerTarDataset(Section):
+    """HaMeR's WebDataset tars: <key>.jpg + <key>.data.pyd, one dictionary a hand."""
+
+    format: Literal["hamer_tar"]
+    path: str | list[str]
+    """Tar files; {000000..000130} expands, relative paths start at the configuration file's folder."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share in the training mix (normalised over the sets a student trains on)."""
+    protocol: Protocol | None = None
+    """Evaluation rules when the set is evaluated on; null: joints from the labels, PCK from the 2D labels."""
+    filtering: FilteringConfig = FilteringConfig()
+
+
+class HamerNpzDataset(Section):
+    """HaMeR's evaluation npz + image folder."""
+
+    format: Literal["hamer_npz"]
+    path: str
+    image_dir: str
+    weight: float = Field(default=1.0, gt=0)
+    protocol: Protocol | None = None
+    """freihand | ho3d | hint: boxes, joint order, metrics."""
+    truth_xyz: str | None = None
+    """evaluation_xyz.json of the data set's authors, N x 21 x 3 metres (the npz of HaMeR hold no 3D truth)."""
+    truth_verts: str | None = None
+    """evaluation_verts.json, N x V x 3 metres."""
+    filtering: FilteringConfig = FilteringConfig(
+        suppress_keypoint_confidence=0.0,
+        suppress_betas=None,
+        poses_betas_simultaneous=False,
+        min_keypoints=0,
+        max_reprojection_loss=None,
+    )
+    """Evaluation sets are scored whole: nothing is filtered unless asked for."""
+
+
+DatasetConfig = Annotated[HamerTarDataset | HamerNpzDataset, Field(discriminator="format")]
+
+
+class WorkersConfig(Section):
+    """How many teacher actors, and what each takes of a node; `auto` reads the cluster."""
+
+    count: int | Literal["auto"] = "auto"
+    gpus: float | Literal["auto"] = "auto"
+    cpus: float | Literal["auto"] = "auto"
+
+
+class TeacherConfig(Section):
+    checkpoint: str
+    """Lightning checkpoint in HaMeR's layout; model_config.yaml stands in the folder above its own."""
+    checkpoint_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """When given, the file must have this digest."""
+    mano_model: str | None = None
+    """MANO_RIGHT.pkl, or open-hand for the built-in open model; null: the checkpoint's own mano.* tensors."""
+    batch_size: int = Field(default=64, ge=1)
+    """Every forward runs at exactly this size (padded), so it is part of the cache's identity."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    workers: WorkersConfig = WorkersConfig()
+
+
+class SynthesiseSet(Section):
+    """One data set of rendered hands, written where the data set of the same name expects it."""
+
+    hands: int = Field(ge=1)
+    seed: int = 0
+    """Sets that must not share poses, shapes and backgrounds get different seeds."""
+
+
+class SynthesiseConfig(Section):
+    """Pictures of an open hand model, rendered and written in HaMeR's own formats."""
+
+    hand_model: str = "open-hand"
+    sets: dict[str, SynthesiseSet]
+    """By data-set name."""
+
+    @field_validator("sets")
+    @classmethod
+    def _some(cls, sets: dict[str, SynthesiseSet]) -> dict[str, SynthesiseSet]:
+        if not sets:
+            raise ValueError("names no data set; name at least one, or leave the synthesise section out")
+        return sets

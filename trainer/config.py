@@ -1,0 +1,97 @@
+"""The sections of pipeline.yaml that the trainer reads: `train`, `students`, `evaluate`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from storage.config import Section
+
+
+class DistillConfig(Section):
+    """What a student learns from the teacher; both null (or 0): a plain student."""
+
+    outputs: float | None = Field(default=None, ge=0)
+    """Weight of the output-level loss (MANO parameters, 2D and 3D joints)."""
+    features: float | None = Field(default=None, ge=0)
+    """Weight of the feature-level loss."""
+    preset: Literal["corrected", "paper"] = "corrected"
+    """paper: Fast-HaMeR's published losses to the bit, its frozen random projection included. corrected: trainable
+    projection, sums over points and means over the batch."""
+    alignment: Literal["paper", "geometric"] = "paper"
+    """paper: the teacher's central 192 columns stretched over the student's 256. geometric: compared where both
+    look at the same pixels."""
+
+    @property
+    def strategy(self) -> str:
+        """none | outputs | features | hybrid."""
+        names = {(False, False): "none", (True, False): "outputs", (False, True): "features", (True, True): "hybrid"}
+        return names[bool(self.outputs), bool(self.features)]
+
+
+class LossWeights(Section):
+    """HaMeR's weights (HAMER_SPEC section 4, LOSS_WEIGHTS of the released model_config.yaml)."""
+
+    keypoints_3d: float = Field(default=0.05, ge=0)
+    keypoints_2d: float = Field(default=0.01, ge=0)
+    global_orient: float = Field(default=0.001, ge=0)
+    hand_pose: float = Field(default=0.001, ge=0)
+    betas: float = Field(default=0.0005, ge=0)
+
+
+class TrainOptions(Section):
+    """Keys of `train` that a student may override, with their defaults."""
+
+    on: list[str] = Field(min_length=1)
+    """Data sets, mixed by their weights."""
+    steps: int = Field(default=100_000, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    lr: float = Field(default=1.0e-4, gt=0)
+    weight_decay: float = Field(default=1.0e-4, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    """Linear warm-up from 0."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    clip_grad_norm: float | None = Field(default=1.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on a GPU, fp32 on a CPU (bf16 is slower than fp32 on CPUs we measured)."""
+    channels_last: bool = True
+    colour_jitter: float = Field(default=0.0, ge=0, le=0.5)
+    """Extra colour scaling beyond the stored view; the teacher did not see it, so it is off."""
+    loss: LossWeights = LossWeights()
+    validation_fraction: float = Field(default=0.05, ge=0, lt=0.5)
+    """Share of the training samples (chosen by hash of their id) held out for validation."""
+    validate_every: int = Field(default=1000, ge=1)
+    checkpoint_every: int = Field(default=1000, ge=1)
+    log_every: int = Field(default=50, ge=1)
+    loader_workers: int = Field(default=1, ge=0)
+    """Threads that read and decode ahead of the step; 0: in the training thread. The order is the same."""
+
+
+class TrainConfig(TrainOptions):
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """Each student is trained once a seed."""
+
+
+class StudentConfig(Section):
+    """One entry = one MLflow run a seed. Any key of `train` but `seeds` may be given here too."""
+
+    backbone: str
+    """A timm model name."""
+    weights: str | None = None
+    """Local file with the backbone's pretrained weights; nothing is ever downloaded."""
+    head: Literal["paper", "light"] = "paper"
+    """paper: HaMeR's decoder (6 layers, 1024 wide, 37 M parameters). light: 2 layers, 256 wide."""
+    distill: DistillConfig = DistillConfig()
+
+
+class LatencyConfig(Section):
+    batch_sizes: list[int] = Field(default=[1, 32], min_length=1)
+    warmup: int = Field(default=20, ge=0)
+    iterations: int = Field(default=100, ge=1)
+
+
+class EvaluateConfig(Section):
+    on: list[str] = Field(min_length=1)
+    batch_size: int = Field(default=32, ge=1)
+    latency: LatencyConfig = LatencyConfig()
