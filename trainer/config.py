@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from storage.config import Section
+from storage.config import FeatureGrid, Section
+
+TRAINER_VERSION = 1
+"""Part of every student's identity: raise it when the same recipe on the same snapshot would learn differently."""
 
 
 class DistillConfig(Section):
@@ -22,6 +25,12 @@ class DistillConfig(Section):
     alignment: Literal["paper", "geometric"] = "paper"
     """paper: the teacher's central 192 columns stretched over the student's 256. geometric: compared where both
     look at the same pixels."""
+
+    @model_validator(mode="after")
+    def _paper_is_whole(self) -> DistillConfig:
+        if self.preset == "paper" and self.alignment != "paper":
+            raise ValueError("preset paper with alignment geometric: the published losses know only alignment paper")
+        return self
 
     @property
     def strategy(self) -> str:
@@ -73,8 +82,8 @@ class TrainConfig(TrainOptions):
     """Each student is trained once a seed."""
 
 
-class StudentConfig(Section):
-    """One entry = one MLflow run a seed. Any key of `train` but `seeds` may be given here too."""
+class _Network(Section):
+    """What a student is made of and what it learns from the teacher."""
 
     backbone: str
     """A timm model name."""
@@ -83,6 +92,68 @@ class StudentConfig(Section):
     head: Literal["paper", "light"] = "paper"
     """paper: HaMeR's decoder (6 layers, 1024 wide, 37 M parameters). light: 2 layers, 256 wide."""
     distill: DistillConfig = DistillConfig()
+
+
+class StudentRecipe(_Network, TrainOptions):
+    """A student with nothing left open: its own keys over those of `train` over the defaults."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the trained weights, as JSON; the caller adds the digest of the `weights` file."""
+        return self.model_dump(mode="json", exclude=_NO_EFFECT_ON_WEIGHTS)
+
+
+_NO_EFFECT_ON_WEIGHTS = {"weights", "log_every", "checkpoint_every", "loader_workers"}
+
+
+def _drop_defaults_of_train(schema: dict[str, Any]) -> None:
+    """An editor must not show `train`'s defaults in a student: there the default is what `train` says."""
+    for name in TrainOptions.model_fields:
+        schema["properties"][name].pop("default", None)
+
+
+class StudentConfig(_Network, TrainOptions):
+    """One entry = one MLflow run a seed. Any key of `train` but `seeds` may be given here too."""
+
+    model_config = ConfigDict(json_schema_extra=_drop_defaults_of_train)
+
+    on: list[str] = Field(default=[], min_length=1)
+    """Data sets, mixed by their weights; not given: those of `train`."""
+
+    @model_serializer(mode="wrap")
+    def _only_what_was_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        inherited = TrainOptions.model_fields.keys() - self.model_fields_set
+        return {key: value for key, value in handler(self).items() if key not in inherited}
+
+    def resolve(self, train: TrainConfig) -> StudentRecipe:
+        """The full recipe; inside `loss`, too, only the weights given here replace those of `train`."""
+        merged = _merge(train.model_dump(exclude={"seeds"}), self.model_dump(exclude_unset=True))
+        return StudentRecipe.model_validate(merged)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merge(base[key], value)
+        for key, value in over.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return base | over | both
+
+
+_SERVED_BY: dict[str, tuple[FeatureGrid, ...]] = {
+    "paper": ("8x8-paper", "full"),
+    "geometric": ("8x6-geometric", "full"),
+}
+
+
+def grid_problem(distill: DistillConfig, grid: FeatureGrid) -> str | None:
+    """Why a cache of this grid cannot serve this student's feature loss, and which grid would; None: it can."""
+    served_by = _SERVED_BY[distill.alignment]
+    if not distill.features or grid in served_by:
+        return None
+    return (
+        f"distill.features with alignment {distill.alignment} cannot learn from a cache of grid {grid}; "
+        f"set cache.features.grid to {' or '.join(served_by)}, or change distill.alignment"
+    )
 
 
 class LatencyConfig(Section):

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from trainer.config import DistillConfig, StudentConfig, StudentRecipe, TrainConfig, grid_problem
+
+TRAIN = TrainConfig.model_validate(
+    {"on": ["a"], "steps": 7, "clip_grad_norm": 0.5, "loss": {"betas": 0.25}, "seeds": [1]}
+)
+
+
+def student(**given: Any) -> StudentConfig:
+    return StudentConfig.model_validate({"backbone": "mobilenetv3_small_100", **given})
+
+
+def test_a_student_inherits_everything_it_does_not_say() -> None:
+    recipe = student().resolve(TRAIN)
+    assert (recipe.on, recipe.steps, recipe.clip_grad_norm, recipe.loss.betas) == (["a"], 7, 0.5, 0.25)
+    assert recipe.distill.strategy == "none"
+
+
+def test_a_student_overrides_any_key_of_train_null_included() -> None:
+    recipe = student(on=["b"], steps=3, clip_grad_norm=None, distill={"outputs": 0.3}).resolve(TRAIN)
+    assert (recipe.on, recipe.steps, recipe.clip_grad_norm) == (["b"], 3, None)
+    assert recipe.distill.strategy == "outputs"
+
+
+def test_one_loss_weight_leaves_the_others_as_train_says() -> None:
+    loss = student(loss={"keypoints_2d": 0.5}).resolve(TRAIN).loss
+    assert (loss.keypoints_2d, loss.betas, loss.keypoints_3d) == (0.5, 0.25, 0.05)
+
+
+def test_a_default_spelt_out_still_overrides() -> None:
+    assert student(steps=100_000).resolve(TRAIN).steps == 100_000
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ({"stepps": 3}, ("stepps",)),
+        ({"seeds": [1]}, ("seeds",)),
+        ({"steps": 0}, ("steps",)),
+        ({"distill": {"output": 0.3}}, ("distill", "output")),
+        ({"distill": {"preset": "papper"}}, ("distill", "preset")),
+        ({"distill": {"preset": "paper", "alignment": "geometric"}}, ("distill",)),
+        ({"head": "lite"}, ("head",)),
+        ({"on": []}, ("on",)),
+    ],
+)
+def test_a_misspelt_key_or_strategy_is_an_error(given: dict[str, Any], where: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        student(**given)
+    assert [error["loc"] for error in caught.value.errors()] == [where]
+
+
+def test_a_student_prints_only_what_was_given() -> None:
+    dumped = student(steps=3).model_dump()
+    assert dumped["steps"] == 3
+    assert "lr" not in dumped
+    assert StudentConfig.model_validate(dumped).resolve(TRAIN) == student(steps=3).resolve(TRAIN)
+    assert "default" not in StudentConfig.model_json_schema()["properties"]["lr"]
+
+
+def test_a_recipe_is_frozen_picklable_and_knows_what_decides_its_weights() -> None:
+    recipe = student(lr=0.5).resolve(TRAIN)
+    assert pickle.loads(pickle.dumps(recipe)) == recipe  # noqa: S301 (our own bytes)
+    with pytest.raises(ValidationError):
+        recipe.steps = 4  # type: ignore[misc]
+    assert recipe.identity() == recipe.model_copy(update={"log_every": 1, "loader_workers": 5}).identity()
+    assert recipe.identity() != StudentRecipe.model_validate(recipe.model_dump() | {"lr": 0.25}).identity()
+
+
+def test_an_unserved_grid_names_the_grids_that_would_serve() -> None:
+    paper = DistillConfig(features=1.0)
+    geometric = DistillConfig(features=1.0, alignment="geometric")
+    assert grid_problem(paper, "8x8-paper") is None
+    assert grid_problem(geometric, "full") is None
+    assert grid_problem(DistillConfig(outputs=1.0), "8x6-geometric") is None
+    assert "8x6-geometric or full" in str(grid_problem(geometric, "8x8-paper"))
+    assert "8x8-paper or full" in str(grid_problem(paper, "8x6-geometric"))
