@@ -1,0 +1,154 @@
+"""Errors of predicted hands, by the definitions of the official FreiHAND, HO-3D and HInt evaluators; numpy, batched.
+
+Letters: N samples, K points of a hand (21 joints or V vertices). Points are metres in the camera frame unless a name
+ends in _px; an error leaves in millimetres, one a sample. What the definitions rest on: HAMER_SPEC sections 7 and 9.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+_MM = 1000.0
+AUC_MAX_M = 0.05
+AUC_STEPS = 100
+_NORM_FLOOR = 1e-8
+"""Added to both norms by the official align_w_scale; visible in the sixth digit of predictions shrunk 1e4 times."""
+
+
+def mpjpe_mm(pred: Floats, true: Floats, valid: Mask | None = None, root: int | None = None) -> Floats:
+    """Mean distance of corresponding points, unaligned; with `root`, that point of both is moved to the origin first.
+
+    pred, true (N,K,3) metres; valid (N,K): which points count (all). Returns (N,), NaN where a sample has no point.
+    """
+    pred, true, weights = _checked(pred, true, valid)
+    if root is not None:
+        pred, true = pred - pred[:, root : root + 1], true - true[:, root : root + 1]
+    return _MM * _mean(np.linalg.norm(pred - true, axis=-1), weights)
+
+
+def pa_mpjpe_mm(pred: Floats, true: Floats, valid: Mask | None = None, reflection: bool = True) -> Floats:
+    """Mean distance after `align`: (N,K,3) metres in, (N,) millimetres out."""
+    return mpjpe_mm(align(pred, true, valid=valid, reflection=reflection), true, valid)
+
+
+def pa_mpvpe_mm(pred: Floats, true: Floats, reflection: bool = True) -> Floats:
+    """`pa_mpjpe_mm` of meshes, aligned by their own vertices: (N,V,3) metres in, (N,) millimetres out."""
+    return pa_mpjpe_mm(pred, true, reflection=reflection)
+
+
+def align(pred: Floats, true: Floats, valid: Mask | None = None, reflection: bool = True) -> Floats:
+    """`pred` moved, turned and scaled on to `true`, each sample by itself: (N,K,3).
+
+    reflection=True is the official scripts' orthogonal Procrustes, which may mirror the hand (a mirrored cloud gets
+    error 0); False keeps det = +1 as HaMeR's own evaluator does. Points that are not `valid` do not pull, but move.
+    """
+    pred, true, weights = _checked(pred, true, valid)
+    w_NK1 = weights[..., None]
+    count = np.maximum(w_NK1.sum(1, keepdims=True), 1)
+    mean_pred, mean_true = (pred * w_NK1).sum(1, keepdims=True) / count, (true * w_NK1).sum(1, keepdims=True) / count
+    unit_pred, size_pred = _unit((pred - mean_pred) * w_NK1)
+    unit_true, size_true = _unit((true - mean_true) * w_NK1)
+    rotation, scale = _procrustes(unit_pred, unit_true, reflection)
+    return np.asarray((pred - mean_pred) / size_pred @ rotation * scale * size_true + mean_true)
+
+
+def align_scale_translation(pred: Floats, true: Floats) -> Floats:
+    """HO-3D's third alignment: wrists together, and the length of joint 4 from joint 0 made equal. (N,21,3)."""
+    pred, true, _ = _checked(pred, true, None)
+    length_pred, length_true = (np.linalg.norm(p[:, 4] - p[:, 0], axis=-1)[:, None, None] for p in (pred, true))
+    scaled = pred * np.divide(length_true, length_pred, out=np.copy(length_true), where=length_pred > 0)
+    return np.asarray(scaled - scaled[:, :1] + true[:, :1])
+
+
+def auc(pred: Floats, true: Floats, valid: Mask | None = None) -> float:
+    """Area under the PCK curve of 100 thresholds evenly in [0, 5 cm], the curve of each point first, then the mean.
+
+    (N,K,3) metres, taken as they are: `align` them before for the aligned number. Points never valid are left out.
+    """
+    pred, true, weights = _checked(pred, true, valid)
+    errors = np.linalg.norm(pred - true, axis=-1)
+    thresholds = np.linspace(0, AUC_MAX_M, AUC_STEPS)
+    seen = weights.sum(0)
+    hits = np.stack([((errors <= threshold) * weights).sum(0) for threshold in thresholds])
+    curves = hits[:, seen > 0] / seen[seen > 0]
+    return float(np.trapezoid(curves, thresholds, axis=0).mean() / AUC_MAX_M) if curves.size else float("nan")
+
+
+def f_score(pred: Floats, true: Floats, threshold_m: float) -> Floats:
+    """Harmonic mean of precision and recall of points nearer than the threshold (strictly) to the other cloud.
+
+    (N,V,3) and (N,W,3) metres, taken as they are. Returns (N,) in 0..1.
+    """
+    return f_scores(pred, true, (threshold_m,))[:, 0]
+
+
+def f_scores(pred: Floats, true: Floats, thresholds_m: tuple[float, ...]) -> Floats:
+    """`f_score` at several thresholds for one search of the neighbours: (N, thresholds)."""
+    if pred.ndim != 3 or true.ndim != 3 or len(pred) != len(true) or pred.shape[2] != 3 or true.shape[2] != 3:
+        raise ValueError(f"found clouds of shape {pred.shape} and {true.shape}; wanted (N,V,3) and (N,W,3)")
+    limits = np.asarray(thresholds_m, dtype=np.float64)
+
+    def one(i: int) -> Floats:
+        to_true, _ = cKDTree(true[i]).query(pred[i])
+        to_pred, _ = cKDTree(pred[i]).query(true[i])
+        precision = (to_true[:, None] < limits).mean(0)
+        recall = (to_pred[:, None] < limits).mean(0)
+        return np.asarray(2 * precision * recall / np.maximum(precision + recall, np.finfo(np.float64).tiny))
+
+    with ThreadPoolExecutor() as pool:  # the search releases the interpreter lock
+        scores = list(pool.map(one, range(len(pred)), chunksize=64))
+    return np.stack(scores) if scores else np.zeros((0, len(limits)))
+
+
+def pck(pred_px: Floats, true_px: Floats, valid: Mask, size_px: Floats, threshold: float) -> float:
+    """Share of keypoints not farther off than `threshold` times the hand's size; HInt's, each joint first.
+
+    pred_px, true_px (N,K,2) pixels; valid (N,K); size_px (N,): the longer side of the annotated box. HaMeR returns
+    NaN when some joint is never valid; here such a joint is left out, and NaN means that no joint ever was.
+    """
+    pred_px, true_px, weights = _checked(pred_px, true_px, valid)
+    hits = np.linalg.norm(pred_px - true_px, axis=-1) <= threshold * np.asarray(size_px, dtype=np.float64)[:, None]
+    seen = weights.sum(0)
+    by_joint = (hits * weights).sum(0)[seen > 0] / seen[seen > 0]
+    return float(by_joint.mean()) if by_joint.size else float("nan")
+
+
+def _checked(pred: Floats, true: Floats, valid: Mask | None) -> tuple[Floats, Floats, Floats]:
+    """Both as float64 and the valid mask as weights; refuses what would give a wrong or silent NaN error."""
+    pred, true = np.asarray(pred, dtype=np.float64), np.asarray(true, dtype=np.float64)
+    if pred.shape != true.shape or pred.ndim != 3:
+        raise ValueError(f"found points of shape {pred.shape} and {true.shape}; wanted two alike, (N,K,coordinates)")
+    weights = np.ones(pred.shape[:2]) if valid is None else np.asarray(valid, dtype=np.float64)
+    if weights.shape != pred.shape[:2]:
+        raise ValueError(f"found a mask of shape {weights.shape} for points of shape {pred.shape}")
+    bad = ~(np.isfinite(pred).all((1, 2)) & np.isfinite(true).all((1, 2)))
+    if np.any(bad):
+        raise ValueError(f"sample {int(np.argmax(bad))} of {len(pred)} has a coordinate that is not finite")
+    return pred, true, weights
+
+
+def _mean(values: Floats, weights: Floats) -> Floats:
+    total = weights.sum(1)
+    return np.asarray(np.divide((values * weights).sum(1), total, out=np.full(len(total), np.nan), where=total > 0))
+
+
+def _unit(centred: Floats) -> tuple[Floats, Floats]:
+    size = np.linalg.norm(centred, axis=(1, 2), keepdims=True) + _NORM_FLOOR
+    return centred / size, size
+
+
+def _procrustes(pred: Floats, true: Floats, reflection: bool) -> tuple[Floats, Floats]:
+    """R (N,3,3) and s (N,1,1) that make pred @ R * s nearest to true; both of unit norm."""
+    u, stretch, vt = np.linalg.svd(pred.transpose(0, 2, 1) @ true)
+    if not reflection:
+        sign = np.where(np.linalg.det(u @ vt) < 0, -1.0, 1.0)
+        u[:, :, 2] *= sign[:, None]
+        stretch[:, 2] *= sign
+    return u @ vt, stretch.sum(1)[:, None, None]
