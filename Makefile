@@ -1,0 +1,38 @@
+# The same recipes for people and for CI. Every target makes .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-slow check lint types contracts bench clean-demo
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## the main job on the embedded default: pipeline.yaml
+	$(BIN)/handstill run
+
+test: $(STAMP)  ## the default suite
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## full-size networks, fault and fuzz tests
+	$(BIN)/python -m pytest -m slow
+
+check: lint types contracts test  ## what CI runs
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+contracts: $(STAMP)
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## every benchmark in its quick form
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick; done

@@ -1,0 +1,84 @@
+"""Whether everything that a configuration names is there, before any work starts; all that is missing at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pipeline.digests import DigestMemory
+from pipeline.experiment import Experiment
+from stages.config import HamerNpzDataset
+from stages.ingest import source_files
+from storage.errors import InputError
+
+BUILT_IN_HAND = "open-hand"
+
+
+def check_inputs(experiment: Experiment, *, backbones: bool = True) -> None:
+    """Look for every file that the configuration names.
+
+    Args:
+        backbones: also ask timm for the students' backbones (importing it takes seconds).
+
+    Raises:
+        InputError: listing everything that is missing or is not what its digest says.
+    """
+    problems = [*_teacher_problems(experiment), *_dataset_problems(experiment), *_weights_problems(experiment)]
+    if backbones:
+        problems += _backbone_problems(experiment)
+    if problems:
+        raise InputError("the configuration names what is not there:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def _teacher_problems(experiment: Experiment) -> Iterator[str]:
+    teacher = experiment.config.teacher
+    checkpoint = experiment.path(teacher.checkpoint)
+    if not checkpoint.is_file():
+        yield f"teacher.checkpoint: no file {checkpoint}; want HaMeR's Lightning checkpoint (hamer.ckpt)"
+    elif not (config := checkpoint.parent.parent / "model_config.yaml").is_file():
+        yield f"teacher.checkpoint: no file {config}; HaMeR's model_config.yaml stands in the folder above the checkpoint's"
+    elif teacher.checkpoint_sha256 is not None:
+        found = DigestMemory(experiment.workdir.state / "digests.json").sha256(checkpoint)
+        if found != teacher.checkpoint_sha256:
+            yield (
+                f"teacher.checkpoint_sha256: {checkpoint} has sha256 {found}, the configuration wants "
+                f"{teacher.checkpoint_sha256}; bring the right file, or correct the digest"
+            )
+    hand = teacher.mano_model
+    if hand is not None and hand != BUILT_IN_HAND and not experiment.path(hand).is_file():
+        yield f"teacher.mano_model: no file {experiment.path(hand)}; want MANO_RIGHT.pkl, or {BUILT_IN_HAND}"
+
+
+def _dataset_problems(experiment: Experiment) -> Iterator[str]:
+    made = experiment.config.synthesise.sets if experiment.config.synthesise is not None else {}
+    for name, dataset in experiment.datasets.items():
+        if name in made:
+            continue
+        yield from _complaint(f"datasets.{name}", lambda dataset=dataset: source_files(dataset, experiment.base))
+        if isinstance(dataset, HamerNpzDataset):
+            wanted = {"truth_xyz": dataset.truth_xyz, "truth_verts": dataset.truth_verts}
+            for key, value in wanted.items():
+                if value is not None and not experiment.path(value).is_file():
+                    yield f"datasets.{name}.{key}: no file {experiment.path(value)}"
+            if not experiment.path(dataset.image_dir).is_dir():
+                yield f"datasets.{name}.image_dir: no folder {experiment.path(dataset.image_dir)}"
+
+
+def _weights_problems(experiment: Experiment) -> Iterator[str]:
+    for name, recipe in experiment.recipes().items():
+        if recipe.weights is not None and not experiment.path(recipe.weights).is_file():
+            yield f"students.{name}.weights: no file {experiment.path(recipe.weights)}; nothing is ever downloaded"
+
+
+def _backbone_problems(experiment: Experiment) -> Iterator[str]:
+    from models.student import check_backbone
+
+    for name, recipe in experiment.recipes().items():
+        yield from _complaint(f"students.{name}.backbone", lambda recipe=recipe: check_backbone(recipe.backbone))
+
+
+def _complaint(where: str, look: Callable[[], object]) -> Iterator[str]:
+    try:
+        look()
+    except InputError as error:
+        yield f"{where}: {error}"

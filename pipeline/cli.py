@@ -1,0 +1,193 @@
+"""The command line: verbs here, settings in the file. Exit codes: 0 done, 1 work failed, 2 the input is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from storage.errors import DamageError, InputError, WorkError
+
+STAGE_NAMES = ("synthesise", "ingest", "teach", "train", "evaluate", "compare")
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code."""
+    arguments = build_parser().parse_args(argv)
+    _set_up_logging(arguments.verbose)
+    try:
+        return int(arguments.command(arguments))
+    except (InputError, WorkError, DamageError) as error:
+        if arguments.verbose:
+            logging.getLogger("handstill").exception("the command failed")
+        _say(f"handstill: {error}", sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing more
+        return 1
+    except KeyboardInterrupt:
+        _say("handstill: interrupted; what is finished is kept, the same command goes on from there", sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb with its arguments; global options may stand before or after the verb."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("-c", "--config", type=Path, default=argparse.SUPPRESS, metavar="FILE")
+    shared.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document on stdout")
+    shared.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="details, tracebacks")
+    parser = argparse.ArgumentParser(
+        prog="handstill",
+        description="Offline distillation of HaMeR into small 3D hand mesh networks.",
+        parents=[shared],
+    )
+    parser.set_defaults(config=Path("pipeline.yaml"), json=False, verbose=False)
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, command: Command, help_text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=help_text, description=help_text, parents=[shared])
+        added.set_defaults(command=command)
+        return added
+
+    check = verb("check", _check, "validate the configuration and print it resolved")
+    check.add_argument("--schema", action="store_true", help="print the file's JSON schema instead")
+    plan = verb("plan", _plan, "what would run and why; writes nothing")
+    plan.add_argument("stage", nargs="?", choices=STAGE_NAMES, metavar="STAGE")
+    plan.add_argument(
+        "--rehash", action="store_true", help="read every source and shard again instead of trusting sizes and times"
+    )
+    run = verb("run", _run, "run a stage (default: all) and whatever upstream is missing")
+    run.add_argument("stage", nargs="?", choices=STAGE_NAMES, metavar="STAGE")
+    run.add_argument(
+        "--rehash", action="store_true", help="read every source and shard again instead of trusting sizes and times"
+    )
+    for parser_with_limit in (plan, run):
+        parser_with_limit.add_argument(
+            "--limit", type=int, metavar="N", help="a smoke run of its own on the first N samples of each set"
+        )
+    verb("status", _status, "per stage: done, quarantined, stale, last error")
+    show = verb("show", _show, "an output: arrays, dimensions, dtypes, units, provenance")
+    show.add_argument("what", metavar="STAGE|PATH")
+    verify = verb("verify", _verify, "re-read every shard against its checksums and re-run the teacher on some rows")
+    verify.add_argument("--no-teacher", action="store_true", help="checksums and schema only")
+    verb("compare", _compare, "the students side by side, from MLflow")
+    clean = verb("clean", _clean, "list outputs that no plan refers to")
+    clean.add_argument("--stale", action="store_true", required=True)
+    clean.add_argument("--yes", action="store_true", help="delete them")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from pipeline.checking import check_inputs
+    from pipeline.experiment import open_experiment
+    from pipeline.loading import json_schema
+
+    if arguments.schema:
+        _say(json.dumps(json_schema(), indent=2))
+        return 0
+    experiment = open_experiment(arguments.config)
+    check_inputs(experiment)
+    document = experiment.config.model_dump(mode="json")
+    _say(
+        json.dumps(document)
+        if arguments.json
+        else yaml.safe_dump(document, sort_keys=False, allow_unicode=True).rstrip()
+    )
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pipeline.experiment import open_experiment
+    from pipeline.run import plan_all
+    from pipeline.tables import plan_text
+
+    experiment = open_experiment(arguments.config, limit=arguments.limit, rehash=arguments.rehash)
+    plans = plan_all(experiment, arguments.stage)
+    _answer(arguments, {"stages": {name: plan.as_json() for name, plan in plans.items()}}, lambda: plan_text(plans))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pipeline.experiment import open_experiment
+    from pipeline.run import run_all
+    from pipeline.tables import run_text
+
+    experiment = open_experiment(arguments.config, limit=arguments.limit, rehash=arguments.rehash)
+    results = run_all(experiment, arguments.stage)
+    document = {"ok": True, "stages": {name: result.as_json() for name, result in results.items()}}
+    _answer(arguments, document, lambda: run_text(experiment, results))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from pipeline.experiment import open_experiment
+    from pipeline.status import status
+    from pipeline.tables import status_text
+
+    document = status(open_experiment(arguments.config))
+    _answer(arguments, document, lambda: status_text(document))
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from pipeline.showing import show, show_text
+
+    document = show(arguments.config, arguments.what)
+    _answer(arguments, document, lambda: show_text(document))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from pipeline.experiment import open_experiment
+    from pipeline.verify import verify, verify_text
+
+    document = verify(open_experiment(arguments.config), with_teacher=not arguments.no_teacher)
+    _answer(arguments, document, lambda: verify_text(document))
+    return 0 if document["ok"] else 1
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pipeline.comparing import compare_now
+    from pipeline.experiment import open_experiment
+
+    comparison, text = compare_now(open_experiment(arguments.config))
+    _answer(arguments, comparison, lambda: text)
+    return 0 if comparison["gate"]["passed"] else 1
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from pipeline.clean import clean, clean_text
+    from pipeline.experiment import open_experiment
+
+    document = clean(open_experiment(arguments.config), delete=arguments.yes)
+    _answer(arguments, document, lambda: clean_text(document))
+    return 0
+
+
+def _answer(arguments: argparse.Namespace, document: Any, text: Callable[[], str]) -> None:
+    _say(json.dumps(document) if arguments.json else text())
+
+
+def _say(text: str, stream: Any = None) -> None:
+    print(text, file=stream or sys.stdout, flush=True)  # noqa: T201 - this is the command line's voice
+
+
+def _set_up_logging(verbose: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("handstill")
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

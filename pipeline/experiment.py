@@ -1,0 +1,90 @@
+"""One experiment as a run sees it: the configuration, where its paths start, where its outputs go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.config import PipelineConfig, Role, resolve_path
+from pipeline.loading import load_config
+from pipeline.workdir import Workdir, open_workdir
+from stages.config import DatasetConfig, HamerNpzDataset
+from storage.errors import InputError
+from trainer.config import StudentRecipe
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A loaded configuration with its paths resolved. `limit`: a smoke run on the first samples of each set."""
+
+    config: PipelineConfig
+    base: Path
+    workdir: Workdir
+    limit: int | None = None
+    rehash: bool = False
+
+    @property
+    def datasets(self) -> Mapping[str, DatasetConfig]:
+        """The data sets; in a smoke run those that are synthesised lie under the smoke run's own workdir."""
+        if self.limit is None or self.config.synthesise is None:
+            return self.config.datasets
+        made = self.config.synthesise.sets
+        return {
+            name: self._relocated(dataset) if name in made else dataset
+            for name, dataset in self.config.datasets.items()
+        }
+
+    def _relocated(self, dataset: DatasetConfig) -> DatasetConfig:
+        inside = self.workdir.root / "data"
+
+        def move(path: str) -> str:
+            return str(inside / Path(*[part for part in Path(path).parts if part not in ("/", "..", "~")]))
+
+        if isinstance(dataset, HamerNpzDataset):
+            truth = {key: move(value) for key in ("truth_xyz", "truth_verts") if (value := getattr(dataset, key))}
+            return dataset.model_copy(
+                update={"path": move(dataset.path), "image_dir": move(dataset.image_dir), **truth}
+            )
+        paths = [dataset.path] if isinstance(dataset.path, str) else dataset.path
+        return dataset.model_copy(update={"path": [move(path) for path in paths]})
+
+    def datasets_by_role(self) -> list[tuple[Role, str, DatasetConfig]]:
+        """(role, name, section) of every set that is trained or evaluated on; a set may have both roles."""
+        roles: tuple[Role, ...] = ("train", "evaluate")
+        return [(role, name, self.datasets[name]) for role in roles for name in self.config.datasets_of(role)]
+
+    def recipes(self) -> dict[str, StudentRecipe]:
+        """Every student's full recipe; a smoke run trains a few steps only, on batches that its samples fill."""
+        found = {name: student.resolve(self.config.train) for name, student in self.config.students.items()}
+        if self.limit is None:
+            return found
+        return {name: smoke_recipe(recipe, self.limit) for name, recipe in found.items()}
+
+    def path(self, path: str) -> Path:
+        """A path of the configuration, resolved."""
+        return resolve_path(path, self.base)
+
+
+def smoke_recipe(recipe: StudentRecipe, limit: int) -> StudentRecipe:
+    """A recipe that goes once or twice over `limit` samples."""
+    batch = min(recipe.batch_size, limit)
+    steps = min(recipe.steps, max(2, limit // batch))
+    return recipe.model_copy(update={"steps": steps, "batch_size": batch})
+
+
+def open_experiment(config_path: Path, *, limit: int | None = None, rehash: bool = False) -> Experiment:
+    """The experiment in a configuration file.
+
+    Raises:
+        InputError: the file is wrong, or the limit is not positive.
+    """
+    config = load_config(config_path)
+    base = config_path.absolute().parent
+    workdir = open_workdir(config.workdir, base)
+    experiment = Experiment(config, base, workdir, rehash=rehash)
+    if limit is None:
+        return experiment
+    if limit < 1:
+        raise InputError(f"--limit: found {limit}, want a number of samples of at least 1")
+    return replace(experiment, workdir=Workdir(workdir.root / f"smoke-{limit}"), limit=limit)

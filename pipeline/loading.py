@@ -1,0 +1,122 @@
+"""Read pipeline.yaml: every mistake at once, each by its dotted path, with what was found and what was wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline.config import PipelineConfig, did_you_mean
+from storage.errors import InputError
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error instead of the last one winning in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(None, None, f"line {line}: key {key_node.value!r} stands twice")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path) -> PipelineConfig:
+    """The configuration in a file.
+
+    Raises:
+        InputError: the file is missing, is no YAML mapping, or says something wrong; the message lists all of it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"cannot read the configuration {path}: {reason}\nGive another with -c FILE, or change into its folder."
+        ) from None
+    try:
+        document = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: found {type(document).__name__}, want a mapping that starts with schema_version: 1")
+    return parse_config(document, str(path))
+
+
+def parse_config(document: dict[str, Any], where: str) -> PipelineConfig:
+    """The configuration in a mapping; `where` names its origin in messages."""
+    try:
+        return PipelineConfig.model_validate(document)
+    except ValidationError as error:
+        lines = [line for item in error.errors() for line in _explain(item)]
+        count = f"{len(lines)} problem{'s' if len(lines) != 1 else ''}"
+        raise InputError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of pipeline.yaml, for editors; `docs/pipeline.schema.json` is this."""
+    return PipelineConfig.model_json_schema()
+
+
+def _explain(item: ErrorDetails) -> list[str]:
+    location = _without_tag(item["loc"])
+    dotted = ".".join(str(part) for part in location) or "the file"
+    if item["type"] == "references":
+        return str(item["msg"]).splitlines()
+    if item["type"] == "extra_forbidden":
+        return [f"{dotted}: unknown key{did_you_mean(str(location[-1]), _known_keys(location[:-1]))}"]
+    if item["type"] == "missing":
+        return [f"{dotted}: missing; it has to be given"]
+    if item["type"] == "value_error":
+        return [f"{dotted}: {item['ctx']['error']}"]
+    return [f"{dotted}: {item['msg']}; found {_short(item['input'])}"]
+
+
+def _without_tag(location: Sequence[int | str]) -> list[int | str]:
+    """A location without the name of the union member that pydantic puts after a data set's name."""
+    parts = list(location)
+    if len(parts) > 2 and parts[0] == "datasets" and parts[2] in ("hamer_tar", "hamer_npz"):
+        del parts[2]
+    return parts
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """The keys that may stand at a place of the file, read off its JSON schema."""
+    schema = json_schema()
+    nodes: list[dict[str, Any]] = [schema]
+    for part in location:
+        nodes = [child for node in nodes for child in _children(node, part, schema)]
+    return list(
+        dict.fromkeys(
+            key for node in nodes for member in _members(node, schema) for key in member.get("properties", {})
+        )
+    )
+
+
+def _children(node: dict[str, Any], part: int | str, schema: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for member in _members(node, schema):
+        if part in member.get("properties", {}):
+            found.append(member["properties"][part])
+        elif isinstance(member.get("additionalProperties"), dict):
+            found.append(member["additionalProperties"])
+    return found
+
+
+def _members(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """A schema node with its reference followed and its unions opened."""
+    if "$ref" in node:
+        return _members(schema["$defs"][node["$ref"].rsplit("/", 1)[1]], schema)
+    inner = node.get("anyOf", []) + node.get("oneOf", [])
+    return [node, *(member for item in inner for member in _members(item, schema))]

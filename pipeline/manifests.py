@@ -1,0 +1,146 @@
+"""Which manifest belongs to which source file, and the tables of the data sets that a run works on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.digests import Stamp, digest_of, stamp
+from pipeline.experiment import Experiment
+from stages.config import DatasetConfig, HamerNpzDataset
+from stages.ingest import ingest_identity, source_files
+from storage.durable import sha256_file, write_bytes_atomic
+from storage.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source file of a data set: a tar, or an evaluation npz."""
+
+    dataset: str
+    config: DatasetConfig
+    path: Path
+    base: Path
+    identity: str
+    """Digest of what, besides the file's bytes, decides its manifest."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.dataset}|{self.path}|{self.identity}"
+
+    def inputs(self) -> list[Path]:
+        """Every file but the pictures of an npz that the manifest is made from."""
+        if isinstance(self.config, HamerNpzDataset):
+            truth = [path for path in (self.config.truth_xyz, self.config.truth_verts) if path]
+            return [self.path, *((self.base / Path(path).expanduser()) for path in truth)]
+        return [self.path]
+
+
+def sources_of(experiment: Experiment, dataset: str, config: DatasetConfig) -> list[Source]:
+    """The data set's source files in order. Raises InputError where one is missing."""
+    identity = digest_of(ingest_identity(dataset, config))
+    return [Source(dataset, config, path, experiment.base, identity) for path in source_files(config, experiment.base)]
+
+
+class ManifestIndex:
+    """source -> manifest file, valid while the files it was made from keep their size, time and inode.
+
+    Losing the index costs a second scan, which finds the same manifests.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._path = experiment.workdir.state / "sources.json"
+        self._folder = experiment.workdir.manifests
+        self._rehash = experiment.rehash
+        self._entries: dict[str, dict[str, Any]] = {}
+        if self._path.is_file():
+            try:
+                self._entries = json.loads(self._path.read_text(encoding="utf-8"))
+            except ValueError:
+                self._entries = {}  # only a memory
+
+    def manifest(self, source: Source) -> Path | None:
+        """The source's manifest, if it is known for the files as they are now."""
+        entry = self._entries.get(source.key)
+        if entry is None:
+            return None
+        path = self._folder / str(entry["manifest"])
+        if not path.is_file() or entry["stamps"] != [list(stamp(item)) for item in source.inputs()]:
+            return None
+        if isinstance(source.config, HamerNpzDataset) and entry["pictures"] != pictures_signature(source, path):
+            return None
+        if self._rehash and sha256_file(source.path) != _source_digest(path):
+            return None
+        return path
+
+    def knew(self, source: Source) -> bool:
+        """Whether the source had a manifest once (so that it is changed, not new)."""
+        prefix = f"{source.dataset}|{source.path}|"
+        return any(key.startswith(prefix) for key in self._entries)
+
+    def forgotten(self, sources: Iterable[Source]) -> list[str]:
+        """Source files that had a manifest and that the configuration no longer names."""
+        named = {f"{source.dataset}|{source.path}" for source in sources}
+        return sorted({place for key in self._entries if (place := key.rsplit("|", 1)[0]) not in named})
+
+    def remember(self, source: Source, stamps: list[Stamp], manifest: Path) -> None:
+        npz = isinstance(source.config, HamerNpzDataset)
+        self._entries[source.key] = {
+            "manifest": str(manifest.relative_to(self._folder)),
+            "stamps": [list(item) for item in stamps],
+            "pictures": pictures_signature(source, manifest) if npz else None,
+        }
+
+    def keep_only(self, sources: Iterable[Source]) -> None:
+        keys = {source.key for source in sources}
+        self._entries = {key: entry for key, entry in self._entries.items() if key in keys}
+
+    def save(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomic(self._path, json.dumps(self._entries, sort_keys=True).encode())
+
+
+def pictures_signature(source: Source, manifest: Path) -> str:
+    """Digest of the sizes, times and inodes of the pictures that an npz names; a missing one counts as missing."""
+    assert isinstance(source.config, HamerNpzDataset)
+    folder = source.base / Path(source.config.image_dir).expanduser()
+    names = sorted(set(read_manifest(manifest, columns=["image_name"]).column("image_name").to_pylist()))
+    return digest_of([[name, _stamp_or_none(folder / name)] for name in names])
+
+
+def _stamp_or_none(path: Path) -> list[int] | None:
+    try:
+        return list(stamp(path))
+    except OSError:
+        return None
+
+
+def _source_digest(manifest: Path) -> str | None:
+    column = read_manifest(manifest, columns=["source_sha256"]).column("source_sha256")
+    return str(column[0].as_py()) if len(column) else None
+
+
+def tables_of(
+    experiment: Experiment, dataset: str, config: DatasetConfig, index: ManifestIndex
+) -> Iterator[tuple[Source, pa.Table | None]]:
+    """(source, its manifest or None where it has still to be scanned), cut to a smoke run's limit."""
+    left = experiment.limit
+    for source in sources_of(experiment, dataset, config):
+        if left is not None and left <= 0:
+            return
+        path = index.manifest(source)
+        if path is None:
+            yield source, None
+            if left is not None:
+                return  # how many samples it holds decides whether another is needed
+            continue
+        table = read_manifest(path)
+        if left is not None:
+            table = table.slice(0, left)
+            left -= len(table)
+        yield source, table

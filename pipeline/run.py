@@ -1,0 +1,104 @@
+"""Plan and run the stages in order: what a whole run does, from the list of stages to the summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from pipeline.checking import check_inputs
+from pipeline.comparing import plan_compare, run_compare
+from pipeline.evaluating import plan_evaluate, run_evaluate
+from pipeline.events import append_event
+from pipeline.experiment import Experiment
+from pipeline.ingesting import plan_ingest, run_ingest
+from pipeline.plan import Stage, StagePlan, StageResult
+from pipeline.synthesising import plan_synthesise, run_synthesise
+from pipeline.teaching import plan_teach, run_teach
+from pipeline.training import plan_train, run_train
+from pipeline.workdir import lease
+from pipeline.workers import ray_session
+from storage.errors import InputError
+
+STAGES = (
+    Stage("synthesise", plan_synthesise, run_synthesise, "render an open hand into data sets in HaMeR's formats"),
+    Stage("ingest", plan_ingest, run_ingest, "source files -> one manifest row a hand"),
+    Stage("teach", plan_teach, run_teach, "the teacher looks at every view once -> cache shards"),
+    Stage("train", plan_train, run_train, "students learn from the caches"),
+    Stage("evaluate", plan_evaluate, run_evaluate, "score students and teacher on held-out sets"),
+    Stage("compare", plan_compare, run_compare, "one table and report from MLflow"),
+)
+
+
+def stages_until(experiment: Experiment, last: str | None) -> Sequence[Stage]:
+    """The stages that a command is about: up to and with `last`, without those the configuration does not use."""
+    names = [stage.name for stage in STAGES]
+    end = len(STAGES) if last is None else names.index(last) + 1
+    wanted = [stage for stage in STAGES[:end] if stage.name != "synthesise" or experiment.config.synthesise is not None]
+    if not wanted:
+        raise InputError("the configuration has no synthesise section, so there is nothing to synthesise")
+    return wanted
+
+
+def plan_all(experiment: Experiment, last: str | None = None) -> dict[str, StagePlan]:
+    """What each stage would do now; writes nothing."""
+    check_inputs(experiment, backbones=False)
+    return {stage.name: stage.plan(experiment) for stage in stages_until(experiment, last)}
+
+
+def run_all(experiment: Experiment, last: str | None = None) -> dict[str, StageResult]:
+    """Run every stage that has something to do, in order, one run at a time in a workdir.
+
+    Raises:
+        InputError: before anything starts, where the configuration names what is not there or costs too much.
+        WorkError: the work failed; what is finished is kept.
+    """
+    stages = stages_until(experiment, last)
+    plans = plan_all(experiment, last)
+    if any(plan.todo for plan in plans.values()):
+        check_inputs(experiment)
+    _check_cost(experiment, plans)
+    with lease(experiment.workdir):
+        append_event(experiment.workdir.events, "run_started", stages=[stage.name for stage in stages])
+        try:
+            return _run_stages(experiment, stages, plans)
+        except BaseException as error:
+            append_event(experiment.workdir.events, "run_failed", error=f"{type(error).__name__}: {error}"[:2000])
+            raise
+
+
+def _run_stages(experiment: Experiment, stages: Sequence[Stage], plans: dict[str, StagePlan]) -> dict[str, StageResult]:
+    results: dict[str, StageResult] = {}
+    if not any(plan.todo or plan.reasons for plan in plans.values()):
+        for stage in stages:
+            results[stage.name] = stage.run(experiment, plans[stage.name])
+    else:
+        with ray_session(experiment.config.cluster):  # one Ray for all stages
+            for stage in stages:
+                results[stage.name] = _run_stage(experiment, stage)
+    append_event(experiment.workdir.events, "run_done")
+    return results
+
+
+def _run_stage(experiment: Experiment, stage: Stage) -> StageResult:
+    plan = stage.plan(experiment)  # again: what ran upstream may have changed what is to be done
+    append_event(experiment.workdir.events, "stage_started", stage=stage.name, todo=plan.todo, total=plan.total)
+    started = time.monotonic()
+    result = stage.run(experiment, plan)
+    append_event(
+        experiment.workdir.events,
+        "stage_done",
+        stage=stage.name,
+        wall_s=round(time.monotonic() - started, 3),
+        **result.as_json(),
+    )
+    return result
+
+
+def _check_cost(experiment: Experiment, plans: dict[str, StagePlan]) -> None:
+    allowed = experiment.config.cluster.max_gpu_hours
+    cost = sum(plan.gpu_hours for plan in plans.values())
+    if allowed is not None and cost > allowed:
+        raise InputError(
+            f"cluster.max_gpu_hours: this run would take about {cost:.3g} GPU-hours, {allowed:g} are allowed. "
+            "Raise the limit, or look at `handstill plan` for what makes it so much."
+        )

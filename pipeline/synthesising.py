@@ -1,0 +1,58 @@
+"""The synthesise stage: data sets of a rendered open hand, written where `datasets` expects them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from pipeline.experiment import Experiment
+from pipeline.plan import StagePlan, StageResult
+from pipeline.progress import StageProgress
+from pipeline.workers import Resources, ray_session, run_units
+from stages.config import SynthesiseConfig
+from stages.synthesise import SynthesiseUnit, run_unit, synthesise_units, unit_done
+
+
+def _config(experiment: Experiment) -> SynthesiseConfig:
+    config = experiment.config.synthesise
+    assert config is not None, "the stage is left out where there is no synthesise section"
+    if experiment.limit is None:
+        return config
+    limited = {
+        name: made.model_copy(update={"hands": min(made.hands, experiment.limit)}) for name, made in config.sets.items()
+    }
+    return config.model_copy(update={"sets": limited})
+
+
+def plan_synthesise(experiment: Experiment) -> StagePlan:
+    """Which files of which sets are not there, or were made by other settings."""
+    units: Sequence[SynthesiseUnit] = synthesise_units(_config(experiment), experiment.datasets, experiment.base)
+    todo = tuple(unit for unit in units if not unit_done(unit))
+    return StagePlan(
+        total=len(units),
+        todo=len(todo),
+        unit="files",
+        reasons={"new": len(todo)} if todo else {},
+        why=tuple(f"new: {unit.path}" for unit in todo),
+        units=todo,
+    )
+
+
+def run_synthesise(experiment: Experiment, plan: StagePlan) -> StageResult:
+    """Render what the plan names."""
+    started = time.monotonic()
+    hands = sum(unit.hands for unit in plan.units)
+    if plan.todo:
+        cluster = experiment.config.cluster
+        with ray_session(cluster), StageProgress("synthesise", hands, "hands") as progress:
+            for unit, _ in run_units(
+                run_unit,
+                list(plan.units),
+                cluster=cluster,
+                resources=Resources(),
+                while_waiting=lambda: progress.advance(0),
+            ):
+                progress.advance(unit.hands)
+    return StageResult(
+        plan.todo, plan.total - plan.todo, samples_in=hands, samples_done=hands, seconds=time.monotonic() - started
+    )

@@ -1,0 +1,252 @@
+"""The train stage: one run a student and seed, each in a process of its own that never saw the teacher."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.caches import CacheState, cache_state
+from pipeline.digests import DigestMemory, digest_of
+from pipeline.events import EventTail, append_event
+from pipeline.experiment import Experiment
+from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
+from pipeline.progress import StageProgress
+from pipeline.workers import Resources, network_resources, ray_session, run_units
+from storage.durable import canonical_json, write_bytes_atomic
+from trainer.config import TRAINING_VERSION, StudentRecipe
+
+if TYPE_CHECKING:
+    from pipeline.tracking import StudentRun, Tracker
+    from trainer.loop import TrainJob, TrainResult
+
+
+@dataclass(frozen=True)
+class StudentState:
+    """One student and seed, as the configuration and the caches are now."""
+
+    name: str
+    seed: int
+    recipe: StudentRecipe
+    identity: Mapping[str, Any] | None
+    """What decides its weights; None: something upstream has still to be done, so it is not known yet."""
+    parent: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-seed{self.seed}"
+
+    @property
+    def digest(self) -> str | None:
+        return None if self.identity is None else digest_of(self.identity)
+
+    @property
+    def folder(self) -> Path:
+        assert self.digest is not None, "asked for the folder of a student whose inputs are not known yet"
+        return self.parent / self.digest[:16]
+
+    @property
+    def done(self) -> bool:
+        return self.digest is not None and (self.folder / "result.json").is_file()
+
+    @property
+    def trained_before(self) -> bool:
+        """Whether some other version of this student was trained."""
+        return any(self.parent.glob("*/result.json"))
+
+
+def student_states(experiment: Experiment, cache: CacheState) -> list[StudentState]:
+    """Every student of the matrix with its identity."""
+    memory = DigestMemory(experiment.workdir.state / "digests.json")
+    states = []
+    for name, recipe in experiment.recipes().items():
+        weights = None if recipe.weights is None else memory.sha256(experiment.path(recipe.weights))
+        for seed in experiment.config.train.seeds:
+            identity = _identity(experiment, recipe, seed, cache, weights)
+            parent = experiment.workdir.students / name / f"seed-{seed}"
+            states.append(StudentState(name, seed, recipe, identity, parent))
+    return states
+
+
+def _identity(
+    experiment: Experiment, recipe: StudentRecipe, seed: int, cache: CacheState, weights: str | None
+) -> dict[str, Any] | None:
+    snapshots = {name: cache.digests[name] for name in recipe.on}
+    if None in snapshots.values():
+        return None
+    return {
+        "training_version": TRAINING_VERSION,
+        "cache": cache.fingerprint,
+        "snapshots": snapshots,
+        "mix": {name: experiment.datasets[name].weight for name in recipe.on},
+        "recipe": recipe.identity(),
+        "seed": seed,
+        "weights_sha256": weights,
+    }
+
+
+def plan_train(experiment: Experiment) -> StagePlan:
+    """Which students have no result for their recipe and for what their caches hold."""
+    states = student_states(experiment, cache_state(experiment, "train"))
+    todo = [state for state in states if not state.done]
+    reasons: list[Reason] = ["changed" if state.trained_before else "new" for state in todo]
+    why = [
+        f"{reason}: {state.label}" + (" (its caches are not up to date)" if state.identity is None else "")
+        for reason, state in zip(reasons, todo, strict=True)
+    ]
+    return StagePlan(
+        total=len(states),
+        todo=len(todo),
+        unit="students",
+        reasons=count_reasons(reasons),
+        why=tuple(why),
+        units=tuple(todo),
+        estimated=any(state.identity is None for state in todo),
+    )
+
+
+@dataclass(frozen=True)
+class TrainUnit:
+    """One student to train; picklable."""
+
+    job: TrainJob
+    run: StudentRun
+    label: str
+    events: Path
+
+
+class _Reporter:
+    """Carries what the training loop reports to MLflow and to the event log."""
+
+    def __init__(self, unit: TrainUnit, tracker: Tracker, run_id: str) -> None:
+        self._unit, self._tracker, self._run_id = unit, tracker, run_id
+
+    def on_start(self, params: Mapping[str, Any]) -> None:
+        self._tracker.params(self._run_id, params)
+        append_event(self._unit.events, "train_started", unit=self._unit.label, run=self._run_id)
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._tracker.metrics(self._run_id, metrics, step)
+        append_event(self._unit.events, "train_step", unit=self._unit.label, step=step)
+
+    def on_validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._tracker.metrics(self._run_id, {f"validation/{key}": value for key, value in metrics.items()}, step)
+
+    def on_pictures(self, step: int, path: Path) -> None:
+        self._tracker.artifact(self._run_id, path, "pictures")
+
+    def on_end(self, result: TrainResult) -> None:
+        self._tracker.artifact(self._run_id, result.student, "student")
+        append_event(self._unit.events, "train_done", unit=self._unit.label, step=result.steps)
+
+
+def train_unit(unit: TrainUnit) -> TrainResult:
+    """Train one student, or go on with it (runs in a worker of its own)."""
+    from pipeline.tracking import Tracker
+    from trainer.loop import train
+
+    tracker = Tracker(unit.run.target)
+    run_id = unit.run.open(tracker)
+    try:
+        result = train(unit.job, _Reporter(unit, tracker, run_id))
+    except BaseException:
+        tracker.end(run_id, "FAILED")
+        raise
+    tracker.end(run_id)
+    return result
+
+
+def run_train(experiment: Experiment, plan: StagePlan) -> StageResult:
+    """Train the students that the plan names, side by side where the cluster has room."""
+    started = time.monotonic()
+    if plan.todo:
+        _train(experiment, list(plan.units))
+    return StageResult(plan.todo, plan.total - plan.todo, seconds=time.monotonic() - started)
+
+
+def _train(experiment: Experiment, states: list[StudentState]) -> None:
+    from pipeline.tracking import Tracker, pipeline_run, tracking_target
+
+    cache = cache_state(experiment, "train")
+    tracker = Tracker(tracking_target(experiment.config.tracking, experiment.workdir))
+    tail = EventTail(experiment.workdir.events)
+    config = experiment.config
+    with (
+        ray_session(config.cluster),
+        pipeline_run(tracker, config.name, {"handstill.stage": "train"}) as parent,
+        StageProgress("train", sum(state.recipe.steps for state in states), "steps") as progress,
+    ):
+        units = [_unit(experiment, state, cache, parent) for state in states]
+        steps: dict[str, int] = {}
+        for _ in run_units(
+            train_unit,
+            units,
+            cluster=config.cluster,
+            resources=_resources(),
+            while_waiting=lambda: _follow(tail, steps, progress),
+            fresh_process=True,
+        ):
+            _follow(tail, steps, progress)
+
+
+def _resources() -> Resources:
+    return network_resources()
+
+
+def _follow(tail: EventTail, steps: dict[str, int], progress: StageProgress) -> None:
+    """Turn the workers' step events into progress; a resumed student starts where it was."""
+    for event in tail.new():
+        if event["event"] in ("train_step", "train_done"):
+            label, step = event["unit"], int(event["step"])
+            progress.advance(max(0, step - steps.get(label, 0)))
+            steps[label] = max(step, steps.get(label, 0))
+    progress.advance(0)
+
+
+def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent: str) -> TrainUnit:
+    from pipeline.tracking import CacheInput, StudentRun, tracking_target
+    from trainer.loop import TrainJob
+
+    assert state.digest is not None
+    assert state.identity is not None
+    folder = state.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(folder / "identity.json", canonical_json(state.identity))
+    snapshots = tuple(
+        (name, cache.root, cache.digests[name] or "", experiment.datasets[name].weight) for name in state.recipe.on
+    )
+    job = TrainJob(
+        name=state.name,
+        seed=state.seed,
+        recipe=state.recipe,
+        snapshots=snapshots,
+        hand_model=cache.root / "hand_model.safetensors",
+        out_dir=folder,
+        identity=state.digest,
+        weights=None if state.recipe.weights is None else experiment.path(state.recipe.weights),
+    )
+    inputs = tuple(
+        CacheInput(name, str(root), cache.fingerprint, digest, "training") for name, root, digest, _ in snapshots
+    )
+    run = StudentRun(
+        target=tracking_target(experiment.config.tracking, experiment.workdir),
+        parent=parent,
+        name=state.label,
+        tags=_tags(state),
+        inputs=inputs,
+        folder=folder,
+    )
+    return TrainUnit(job, run, state.label, experiment.workdir.events)
+
+
+def _tags(state: StudentState) -> dict[str, str]:
+    return {
+        "handstill.kind": "student",
+        "handstill.student": state.name,
+        "handstill.seed": str(state.seed),
+        "handstill.strategy": state.recipe.distill.strategy,
+        "handstill.backbone": state.recipe.backbone,
+        "handstill.identity": state.digest or "",
+    }

@@ -1,0 +1,118 @@
+"""Units of work on Ray: start it, hand out plain functions, take results as they come, give up on repeated death.
+
+Ray listens on loopback only when we start it ourselves, and its dashboard stays off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pipeline.config import ClusterConfig
+from storage.errors import DamageError, InputError, WorkError
+
+Unit = TypeVar("Unit")
+POLL_S = 0.5
+OUR_ERRORS = (InputError, DamageError, WorkError)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one task or actor takes of a node."""
+
+    cpus: float = 1
+    gpus: float = 0
+
+
+@contextmanager
+def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+    """A connected Ray for the duration; one that is connected already is used and left alone.
+
+    Raises:
+        WorkError: the cluster cannot be reached.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about future defaults
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    local = cluster.address == "local"
+    # On one core a teacher actor and the decoding beside it would wait for each other for ever.
+    where: dict[str, Any] = (
+        {"address": "local", "num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": False}
+        if local
+        else {"address": cluster.address}
+    )
+    try:
+        ray.init(**where, configure_logging=True, logging_level=logging.WARNING, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise WorkError(f"cluster.address: cannot reach Ray at {cluster.address!r}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_units(
+    function: Callable[[Unit], Any],
+    units: Sequence[Unit],
+    *,
+    cluster: ClusterConfig,
+    resources: Resources,
+    while_waiting: Callable[[], None],
+    fresh_process: bool = False,
+) -> Iterator[tuple[Unit, Any]]:
+    """(unit, result) in the order of completion. A unit whose worker dies is given to another.
+
+    Args:
+        while_waiting: called about twice a second, for progress.
+        fresh_process: every unit gets a process in which nothing ran before it.
+
+    Raises:
+        InputError, DamageError, WorkError: as the function raised them.
+        WorkError: a unit's workers died more often than cluster.max_retries allows.
+    """
+    import ray
+
+    task = ray.remote(function).options(
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        max_retries=cluster.max_retries,
+        name=function.__name__,
+        max_calls=1 if fresh_process else 0,
+    )
+    waiting = list(units)
+    running: dict[Any, Unit] = {}
+    # Enough to keep the cluster full, few enough that a failure is noticed before a million are queued.
+    at_once = 4 * max(1, int(ray.cluster_resources().get("CPU", 1) / max(resources.cpus, 0.25)))
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            unit = waiting.pop(0)
+            running[task.remote(unit)] = unit
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
+        while_waiting()
+        for reference in ready:
+            unit = running.pop(reference)
+            yield unit, get(reference)
+
+
+def get(reference: Any) -> Any:
+    """A result, with our own errors raised as themselves and a dead worker explained."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, OUR_ERRORS):
+            raise cause from None
+        raise WorkError(f"a worker failed: {type(cause).__name__}: {cause}\n{error.traceback_str}") from error
+    except RayError as error:
+        raise WorkError(f"workers died too often on one unit of work: {str(error).splitlines()[0]}") from error
