@@ -1,0 +1,152 @@
+"""HaMeR's network, at any size: ViT backbone, transformer head, MANO layer, projection. Forward only needs torch.
+
+Reference: geopavlakos/hamer 3a01849. The state-dict names are those of its checkpoints: `backbone.*`, `mano_head.*`,
+`mano.*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+
+from models.mano import ManoLayer
+from models.mano_head import DecoderSizes, ManoHead, project
+from models.preprocessing import FOCAL_LENGTH_PX, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
+from models.vit import Vit, VitSizes
+from storage.config import Section
+from storage.errors import InputError
+
+
+class HamerConfig(Section):
+    """What of model_config.yaml decides the network's answers."""
+
+    vit: VitSizes = VitSizes()
+    decoder: DecoderSizes = DecoderSizes()
+    focal_px: float = Field(default=FOCAL_LENGTH_PX, gt=0)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> HamerConfig:
+        """Read HaMeR's model_config.yaml.
+
+        What decides the answers must be there and be something this network does; every other key may be anything,
+        unresolved `${...}` included. Sizes absent from MODEL.BACKBONE mean ViT-H. Raises InputError.
+        """
+        tree = _read_yaml(path)
+        for key, wanted in _REQUIRED.items():
+            _check(path, key, _look_up(tree, key), wanted)
+        for key, wanted in _IF_PRESENT.items():
+            found = _look_up(tree, key)
+            if found is not None:
+                _check(path, key, found, wanted)
+        backbone, decoder = _look_up(tree, "MODEL.BACKBONE"), _look_up(tree, "MODEL.MANO_HEAD.TRANSFORMER_DECODER")
+        _check_decoder(path, decoder)
+        vit = {key.lower(): backbone[key] for key in ("EMBED_DIM", "DEPTH", "NUM_HEADS") if key in backbone}
+        sizes = {key: decoder[key] for key in DecoderSizes.model_fields if key in decoder}
+        try:
+            made = cls.model_validate({"vit": vit, "decoder": sizes, "focal_px": _look_up(tree, "EXTRA.FOCAL_LENGTH")})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{path}: {where}: found {first['input']!r}: {first['msg']}.") from error
+        context = decoder.get("context_dim", made.decoder.dim)
+        _check(path, "MODEL.MANO_HEAD.TRANSFORMER_DECODER.context_dim", context, made.vit.embed_dim)
+        return made
+
+    def to_yaml(self) -> str:
+        """A model_config.yaml that `from_yaml` and HaMeR's layout of keys agree on."""
+        decoder = self.decoder.model_dump() | {"dropout": 0.0, "emb_dropout": 0.0, "norm": "layer"}
+        head = {
+            "TYPE": "transformer_decoder",
+            "TRANSFORMER_DECODER": decoder | {"context_dim": self.vit.embed_dim},
+        }
+        backbone = {"TYPE": "vit"} | {key.upper(): value for key, value in self.vit.model_dump().items()}
+        model = {
+            "IMAGE_SIZE": IMAGE_SIZE,
+            "IMAGE_MEAN": list(IMAGE_MEAN),
+            "IMAGE_STD": list(IMAGE_STD),
+            "BACKBONE": backbone,
+            "MANO_HEAD": head,
+        }
+        return yaml.safe_dump({"EXTRA": {"FOCAL_LENGTH": self.focal_px}, "MODEL": model}, sort_keys=False)
+
+
+_REQUIRED = {
+    "MODEL.IMAGE_SIZE": IMAGE_SIZE,
+    "MODEL.BACKBONE.TYPE": "vit",
+    "MODEL.MANO_HEAD.TYPE": "transformer_decoder",
+}
+_IF_PRESENT = {
+    "MODEL.IMAGE_MEAN": list(IMAGE_MEAN),
+    "MODEL.IMAGE_STD": list(IMAGE_STD),
+    "MODEL.BBOX_SHAPE": [192, 256],
+    "MODEL.MANO_HEAD.JOINT_REP": "6d",
+    "MODEL.MANO_HEAD.TRANSFORMER_INPUT": "zero",
+    "MODEL.MANO_HEAD.IEF_ITERS": 1,
+    "MODEL.MANO_HEAD.TRANSFORMER_DECODER.norm": "layer",
+    "MANO.NUM_HAND_JOINTS": 15,
+}
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file. HaMeR's model_config.yaml stands in the folder above the checkpoint's own."
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable YAML file: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: found {type(tree).__name__}, wanted HaMeR's model configuration (a mapping).")
+    return tree
+
+
+def _look_up(tree: Any, key: str) -> Any:
+    """The value at a dotted path, or None."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _check(path: Path, key: str, found: Any, wanted: Any) -> None:
+    if found != wanted:
+        raise InputError(f"{path}: {key}: found {found!r}, and this network is only {wanted!r}.")
+
+
+def _check_decoder(path: Path, decoder: Any) -> None:
+    absent = [key for key in ("depth", "heads", "mlp_dim") if not isinstance(decoder, dict) or key not in decoder]
+    if absent:
+        raise InputError(f"{path}: MODEL.MANO_HEAD.TRANSFORMER_DECODER: {', '.join(absent)} missing.")
+
+
+class Hamer(nn.Module):
+    """Normalised crops (B,3,256,256) to hands.
+
+    Returns `features` (B,C,16,12); `cam` (B,3); `global_orient` (B,1,3,3), `hand_pose` (B,15,3,3), `betas` (B,10);
+    `keypoints_3d` (B,21,3) and `vertices` (B,V,3), metres; `keypoints_2d` (B,21,2), crop units; `cam_t` (B,3), metres.
+    """
+
+    def __init__(self, config: HamerConfig, mano: ManoLayer) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Vit(config.vit)
+        self.mano_head = ManoHead(config.decoder, config.vit.embed_dim)
+        self.mano = mano
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.backbone(images)
+        return {"features": features} | hands_from_features(features, self.mano_head, self.mano, self.config.focal_px)
+
+
+def hands_from_features(features: Tensor, head: ManoHead, mano: ManoLayer, focal_px: float) -> dict[str, Tensor]:
+    """All outputs but `features`: what a head makes of a feature map (B,C,H,W)."""
+    hand: dict[str, Tensor] = head(features)
+    vertices, keypoints_3d = mano(hand["global_orient"], hand["hand_pose"], hand["betas"])
+    keypoints_2d, cam_t = project(keypoints_3d, hand["cam"], focal_px)
+    made = {"keypoints_3d": keypoints_3d, "keypoints_2d": keypoints_2d, "vertices": vertices, "cam_t": cam_t}
+    return hand | made

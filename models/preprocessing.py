@@ -1,0 +1,25 @@
+"""From a picture's bytes to what the networks take; the constants of HaMeR's camera and input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IMAGE_SIZE = 256
+"""Side of the square crop, pixels (MODEL.IMAGE_SIZE of the released model_config.yaml)."""
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+"""RGB, of pixels in 0..1 (MODEL.IMAGE_MEAN and IMAGE_STD there; ImageNet's)."""
+
+FOCAL_LENGTH_PX = 5000.0
+"""Focal length of the crop's camera (EXTRA.FOCAL_LENGTH there): nearly orthographic, so the depth is a convention."""
+
+
+def normalise(pictures: Tensor) -> Tensor:
+    """uint8 RGB (B,256,256,3) to float32 (B,3,256,256), mean 0 and variance 1 over ImageNet; on the same device."""
+    assert pictures.dtype == torch.uint8, pictures.dtype
+    mean = torch.tensor(IMAGE_MEAN, device=pictures.device) * 255
+    std = torch.tensor(IMAGE_STD, device=pictures.device) * 255
+    # contiguous: a permuted tensor is channels-last, and FastViT's training step crashes on those
+    return pictures.float().sub(mean).div(std).permute(0, 3, 1, 2).contiguous()
