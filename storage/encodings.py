@@ -1,0 +1,129 @@
+"""How features and pictures become bytes and come back, and the grids that features are stored on.
+
+Shapes: B views, C channels, H x W the teacher's token grid (16x12), h x w the stored grid. Plain elementwise numpy
+throughout: no matrix product, so the same input gives the same bytes on any processor and thread count.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from storage.config import FeatureEncoding, FeatureGrid
+from storage.errors import DamageError
+
+Floats = NDArray[np.float32]
+
+PICTURE_SIZE_PX = 256
+"""Side of the square picture that teacher and students see (HaMeR MODEL.IMAGE_SIZE)."""
+
+JPEG_SUBSAMPLING = "420"
+"""Colour at half resolution, like the photographs in the source data sets themselves."""
+
+INT8_LIMIT = 127
+"""Symmetric: -128 is not used, so that a token and its negative are stored alike."""
+
+_PAPER_SIZE = 8
+"""Fast-HaMeR resizes the teacher's map to its students' 8x8."""
+
+
+def grid_shape(grid: FeatureGrid, teacher_shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns stored for a teacher's map of `teacher_shape`."""
+    if grid == "full":
+        return teacher_shape
+    if grid == "8x8-paper":
+        return _PAPER_SIZE, _PAPER_SIZE
+    return teacher_shape[0] // 2, teacher_shape[1] // 2
+
+
+def to_grid(features_BCHW: Floats, grid: FeatureGrid) -> Floats:
+    """The teacher's map (B,C,H,W) on the stored grid: (B,C,h,w) float32.
+
+    full: unchanged. 8x8-paper: bilinear without antialias, as torch's `interpolate(scale_factor=(8/H, 8/W),
+    align_corners=False)` does it in Fast-HaMeR. 8x6-geometric: means of 2x2 tokens, which cover the same part of the
+    picture as the inner six columns of a student's 8x8 map.
+    """
+    if grid == "full":
+        return features_BCHW
+    if grid == "8x8-paper":
+        return _resize_last(_resize_last(features_BCHW.swapaxes(2, 3), _PAPER_SIZE).swapaxes(2, 3), _PAPER_SIZE)
+    rows = features_BCHW[:, :, 0::2] + features_BCHW[:, :, 1::2]
+    means: Floats = (rows[..., 0::2] + rows[..., 1::2]) * np.float32(0.25)
+    return means
+
+
+def _resize_last(values: Floats, size: int) -> Floats:
+    """Bilinear resize of the last axis, half-pixel centres, edges clamped."""
+    length = values.shape[-1]
+    source = np.maximum((np.arange(size) + 0.5) * (length / size) - 0.5, 0.0)
+    low = np.minimum(source.astype(np.int64), length - 1)
+    high = np.minimum(low + 1, length - 1)
+    share = (source - low).astype(np.float32)
+    resized: Floats = values[..., low] * (np.float32(1) - share) + values[..., high] * share
+    return resized
+
+
+def encode_features(features_BhwC: Floats, encoding: FeatureEncoding) -> tuple[NDArray[Any], Floats | None]:
+    """Stored values (B,h,w,C) and, for int8, the scale (B,h,w) of each token: value = stored * scale.
+
+    A float16 value beyond 65504 becomes infinite: the caller checks (`representable`).
+    """
+    if encoding == "float16":
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(features_BhwC, dtype=np.float16), None
+    scale: Floats = np.abs(features_BhwC).max(axis=-1) * np.float32(1 / INT8_LIMIT)
+    divisor = np.where(scale > 0, scale, np.float32(1))[..., None]
+    rounded = np.rint(features_BhwC / divisor).clip(-INT8_LIMIT, INT8_LIMIT)
+    return np.ascontiguousarray(rounded, dtype=np.int8), np.ascontiguousarray(scale)
+
+
+def representable(features_hwC: Floats, encoding: FeatureEncoding) -> bool:
+    """Whether every value is finite and, in float16, stays so."""
+    if not np.isfinite(features_hwC).all():
+        return False
+    return encoding != "float16" or bool(np.abs(features_hwC).max() < np.finfo(np.float16).max)
+
+
+def decode_features(stored: NDArray[Any], scale: Floats | None, out: Floats) -> None:
+    """Write the float32 values of one stored record (h,w,C) into `out`."""
+    if scale is None:
+        np.copyto(out, stored)
+    else:
+        np.multiply(stored, scale[..., None], out=out)
+
+
+def encode_picture(picture: NDArray[np.uint8], codec: str, quality: int) -> bytes:
+    """A picture (256,256,3) RGB as a JPEG (baseline, 4:2:0) or PNG file."""
+    if codec == "jpeg":
+        return bytes(
+            simplejpeg.encode_jpeg(
+                np.ascontiguousarray(picture),
+                quality=quality,
+                colorspace="RGB",
+                colorsubsampling=JPEG_SUBSAMPLING,
+                fastdct=False,
+            )
+        )
+    assert codec == "png", codec
+    buffer = io.BytesIO()
+    Image.fromarray(picture, "RGB").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def decode_picture(data: bytes) -> NDArray[np.uint8]:
+    """The (256,256,3) uint8 RGB pixels of a stored picture; DamageError when the bytes are no such picture."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False)
+        else:
+            picture = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB"))
+    except (ValueError, OSError) as error:
+        raise DamageError(f"a stored picture cannot be decoded ({error}); run `handstill verify`") from error
+    if picture.shape != (PICTURE_SIZE_PX, PICTURE_SIZE_PX, 3):
+        raise DamageError(f"a stored picture has shape {picture.shape}, not (256, 256, 3); run `handstill verify`")
+    return picture

@@ -1,0 +1,49 @@
+"""cache.json: what decides a cache's answers, spelled out, and the fingerprint that names its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from storage import layout
+from storage.durable import canonical_json, read_sealed_json, sha256_bytes
+from storage.errors import DamageError, InputError
+
+CACHE_JSON = "cache.json"
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Sixteen hex digits over everything that decides the stored answers."""
+    return sha256_bytes(canonical_json(identity))[:16]
+
+
+def cache_document(identity: Mapping[str, Any], attachments: Mapping[str, bytes]) -> dict[str, Any]:
+    """What cache.json says: the identity, and the digests of the small files that stand beside it."""
+    return {
+        "format": "handstill-cache",
+        "format_version": layout.FORMAT_VERSION,
+        "fingerprint": fingerprint(identity),
+        "identity": dict(identity),
+        "attachments": {
+            name: {"bytes": len(data), "sha256": sha256_bytes(data)} for name, data in sorted(attachments.items())
+        },
+    }
+
+
+def read_description(root: Path) -> dict[str, Any]:
+    """cache.json of a cache folder, checked; InputError when it is no cache or of another version of the format."""
+    path = root / CACHE_JSON
+    if not path.is_file():
+        raise InputError(
+            f"{root} is not a cache: it has no {CACHE_JSON}. Give a folder that `handstill run teach` made."
+        )
+    document = read_sealed_json(path)
+    if document["format_version"] != layout.FORMAT_VERSION:
+        raise InputError(
+            f"{root} is in version {document['format_version']} of the cache format; "
+            f"this handstill reads version {layout.FORMAT_VERSION}: run `handstill run` to make a new cache"
+        )
+    if fingerprint(document["identity"]) != document["fingerprint"] or document["fingerprint"] != root.name:
+        raise DamageError(f"{path} is damaged or was moved: its identity does not give the name of its folder")
+    return document
