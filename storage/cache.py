@@ -118,13 +118,15 @@ class CacheFolder:
 
     def finished(self) -> dict[str, ShardRecord]:
         """Records by input hash. A damaged record counts for nothing: `adopt` writes it again from its shard."""
-        records = {}
-        for path in sorted(self.ledger_dir.glob("*.json")):
-            try:
-                records[path.stem] = read_record(path)
-            except DamageError:
-                continue
-        return records
+        found = {path.stem: self.finished_record(path.stem) for path in sorted(self.ledger_dir.glob("*.json"))}
+        return {input_hash: record for input_hash, record in found.items() if record is not None}
+
+    def finished_record(self, input_hash: str) -> ShardRecord | None:
+        """The record of one shard; None when there is none, or no sound one."""
+        try:
+            return read_record(self.record_path(input_hash))
+        except (FileNotFoundError, DamageError):
+            return None
 
     def unrecorded(self) -> list[str]:
         """Input hashes of published shards without a sound record: killed before recording, or withdrawn."""
