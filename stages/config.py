@@ -12,7 +12,7 @@ Protocol = Literal["freihand", "ho3d", "hint"]
 
 
 class FilteringConfig(Section):
-    """HaMeR's cleaning rules, applied in its order (HaMeR configs/data_filtering/low1.yaml)."""
+    """HaMeR's cleaning rules, applied in this order (its configs/data_filtering/low1.yaml)."""
 
     suppress_keypoint_confidence: float = Field(default=0.3, ge=0)
     """2D confidences below this become 0."""
@@ -20,12 +20,27 @@ class FilteringConfig(Section):
     """Shape labels with any |beta| above this are not trusted; null: off."""
     poses_betas_simultaneous: bool = True
     """Trust pose and shape labels only together."""
-    min_keypoints: int = Field(default=4, ge=0)
-    """A hand needs MORE than this many 2D keypoints with positive confidence."""
+    drop_without_pose: bool = False
+    """Leave out hands whose pose is unknown."""
+    min_keypoints: int | None = Field(default=4, ge=0)
+    """A hand needs MORE than this many 2D keypoints with positive confidence; null: off."""
     max_reprojection_loss: float | None = Field(default=31000.0, gt=0)
-    """Drop fits whose recorded reprojection loss is not below this; null: off."""
+    """Leave out fits whose recorded reprojection loss is not below this; null: off."""
+    min_box_px: float | None = Field(default=None, gt=0)
+    """A hand's box needs MORE than this many pixels on its shorter side; null: off."""
     betas_regularisation: bool = True
     """Where the shape is unknown, teach the mean shape (zeros)."""
+
+
+class EvaluationFilteringConfig(FilteringConfig):
+    """The same rules, all off: evaluation sets are scored whole, nothing is left out unless asked for."""
+
+    suppress_keypoint_confidence: float = Field(default=0.0, ge=0)
+    suppress_betas: float | None = Field(default=None, gt=0)
+    poses_betas_simultaneous: bool = False
+    min_keypoints: int | None = Field(default=None, ge=0)
+    max_reprojection_loss: float | None = Field(default=None, gt=0)
+    betas_regularisation: bool = False
 
 
 class HamerTarDataset(Section):
@@ -39,6 +54,7 @@ class HamerTarDataset(Section):
     protocol: Protocol | None = None
     """Evaluation rules when the set is evaluated on; null: joints from the labels, PCK from the 2D labels."""
     filtering: FilteringConfig = FilteringConfig()
+    """HaMeR's cleaning rules, on as HaMeR has them."""
 
 
 class HamerNpzDataset(Section):
@@ -54,14 +70,8 @@ class HamerNpzDataset(Section):
     """evaluation_xyz.json of the data set's authors, N x 21 x 3 metres (the npz of HaMeR hold no 3D truth)."""
     truth_verts: str | None = None
     """evaluation_verts.json, N x V x 3 metres."""
-    filtering: FilteringConfig = FilteringConfig(
-        suppress_keypoint_confidence=0.0,
-        suppress_betas=None,
-        poses_betas_simultaneous=False,
-        min_keypoints=0,
-        max_reprojection_loss=None,
-    )
-    """Evaluation sets are scored whole: nothing is filtered unless asked for."""
+    filtering: EvaluationFilteringConfig = EvaluationFilteringConfig()
+    """HaMeR's cleaning rules; here all are off unless set."""
 
 
 DatasetConfig = Annotated[HamerTarDataset | HamerNpzDataset, Field(discriminator="format")]
