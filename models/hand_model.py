@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from storage.durable import write_bytes_atomic
 from storage.errors import InputError
 from storage.unpickling import NUMPY_GLOBALS, PLAIN_GLOBALS, Inert, inert_class, load_restricted
 
@@ -25,7 +26,7 @@ Float = NDArray[np.float32]
 Int = NDArray[np.int64]
 
 OPEN_HAND = "open-hand"
-_OPEN_HAND_FILE = Path(__file__).parent / "assets" / "open_hand.npz"
+OPEN_HAND_FILE = Path(__file__).parent / "assets" / "open_hand.npz"
 
 JOINTS = 16
 SHAPE_COMPONENTS = 10
@@ -70,7 +71,7 @@ def load_hand_model(source: str | Path) -> HandModel:
 
     Raises InputError for a file that is missing, unsafe, or no right hand in MANO's layout.
     """
-    path = _OPEN_HAND_FILE if str(source) == OPEN_HAND else Path(source)
+    path = OPEN_HAND_FILE if str(source) == OPEN_HAND else Path(source)
     if "MANO_LEFT" in path.name:
         raise InputError(f"{path}: a left hand. Left hands are mirrored into right ones here: name MANO_RIGHT.pkl.")
     if not path.is_file():
@@ -84,7 +85,7 @@ def load_hand_model(source: str | Path) -> HandModel:
 
 def save_hand_model(hand_model: HandModel, path: Path) -> None:
     """Write a `.safetensors` file that `load_hand_model` reads; equal models give equal bytes."""
-    path.write_bytes(save_safetensors(_arrays(hand_model)))
+    write_bytes_atomic(path, save_safetensors(_arrays(hand_model)))
 
 
 def hand_model_digest(hand_model: HandModel) -> str:
