@@ -1,0 +1,117 @@
+"""timm's models as backbones: a picture in, the last feature map out. timm is the registry; nothing is downloaded."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from models.checkpoint import read_checkpoint
+from models.preprocessing import IMAGE_SIZE
+from storage.errors import InputError
+
+
+class TimmBackbone(nn.Module):
+    """(B,3,256,256) to (B,C,H,W), for convolutional networks and transformers alike.
+
+    Modules behind the feature map (pooling's norms, classifiers) are cut off: every parameter takes part.
+    `weights`: a local file in timm's names; None: random. Raises InputError for an unknown name, and for weights of
+    another network.
+    """
+
+    def __init__(self, name: str, weights: Path | None = None) -> None:
+        super().__init__()
+        anatomy = _anatomy(name)
+        self.feature_shape = anatomy.feature_shape
+        """(C,H,W)"""
+        self.body = _create(name) if weights is None else _create_pretrained(name, anatomy, weights)
+        for module in anatomy.unused:
+            self.body.set_submodule(module, nn.Identity())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _feature_map(self.body, images)
+
+
+def timm_feature_shape(name: str) -> tuple[int, int, int]:
+    """(C,H,W) of a timm model's last feature map, without building the model. Raises InputError."""
+    return _anatomy(name).feature_shape
+
+
+@dataclass(frozen=True)
+class _Anatomy:
+    feature_shape: tuple[int, int, int]
+    unused: tuple[str, ...]
+    """Modules whose parameters the feature map does not depend on."""
+    used_entries: frozenset[str]
+    """Entries of the state dictionary that a file of weights must have."""
+    classifiers: tuple[str, ...]
+
+
+@lru_cache
+def _anatomy(name: str) -> _Anatomy:
+    """Look through a model without memory or arithmetic: which parameters get a gradient from the feature map?"""
+    try:
+        with torch.device("meta"):
+            body = _create(name).eval()
+            features = _feature_map(body, torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+            features.sum().backward()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError, AttributeError, TypeError, NotImplementedError) as error:
+        raise InputError(
+            f"backbone {name!r}: timm gives no feature map (B,C,H,W) of a {IMAGE_SIZE}-pixel picture: {error}"
+        ) from error
+    if features.ndim != 4:
+        raise InputError(f"backbone {name!r}: its features have shape {tuple(features.shape)}, wanted (B,C,H,W).")
+    unused = {entry.rpartition(".")[0] for entry, parameter in body.named_parameters() if parameter.grad is None}
+    kept = (entry for entry in body.state_dict() if entry.rpartition(".")[0] not in unused)
+    classifier = body.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    channels, height, width = features.shape[1:]
+    return _Anatomy((channels, height, width), tuple(sorted(unused)), frozenset(kept), classifiers)
+
+
+def _create(name: str, **options: Any) -> Any:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise InputError(
+            f"backbone {name!r} is no timm model.{hint} `python -c 'import timm; timm.list_models()'` lists."
+        )
+    config = timm.models.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:  # transformers are built for one size
+        options["img_size"] = IMAGE_SIZE
+    return timm.create_model(name, num_classes=0, **options)
+
+
+def _feature_map(body: Any, images: Tensor) -> Tensor:
+    features: Tensor = body.forward_features(images)
+    if features.ndim == 3:  # tokens; the class token and registers come first
+        tokens_BTC = features[:, body.num_prefix_tokens :]
+        height, width = body.patch_embed.grid_size
+        return tokens_BTC.transpose(1, 2).reshape(len(tokens_BTC), -1, height, width)
+    return features.permute(0, 3, 1, 2) if getattr(body, "output_fmt", "NCHW") == "NHWC" else features
+
+
+def _create_pretrained(name: str, anatomy: _Anatomy, weights: Path) -> Any:
+    tensors = read_checkpoint(weights)
+    absent = sorted(anatomy.used_entries - tensors.keys())
+    if absent:
+        raise InputError(
+            f"{weights}: {absent[0]} is missing ({len(absent)} of {len(anatomy.used_entries)} are). Wanted weights of "
+            f"{name} in timm's names."
+        )
+    behind = (*anatomy.unused, *anatomy.classifiers)
+    strays = [entry for entry in tensors.keys() - anatomy.used_entries if not entry.startswith(behind)]
+    if strays:
+        raise InputError(
+            f"{weights}: {min(strays)} is no part of {name} ({len(strays)} such). Another model's weights?"
+        )
+    try:  # timm itself loads them: it fits a transformer's position embedding to the picture's size
+        return _create(name, pretrained=True, pretrained_cfg_overlay={"state_dict": tensors, "source": "timm"})
+    except RuntimeError as error:
+        raise InputError(f"{weights}: not the weights of {name}: {error}") from error

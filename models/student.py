@@ -1,0 +1,166 @@
+"""Students: a timm backbone (or HaMeR's own ViT at a smaller size) under HaMeR's head and MANO layer.
+
+A student answers the same mapping as the teacher, with `features` (B,C,H,W) of its own backbone: 8 x 8 of the whole
+256-pixel crop for most, 16 x 12 of its columns 32..224 for `hamer`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from models.backbones import TimmBackbone, timm_feature_shape
+from models.checkpoint import read_checkpoint
+from models.hamer import HamerConfig, hands_from_features
+from models.hand_model import HandModel, load_hand_model, save_hand_model
+from models.mano import ManoLayer
+from models.mano_head import DecoderSizes, ManoHead
+from models.preprocessing import FOCAL_LENGTH_PX
+from models.vit import GRID_HW, Vit, VitSizes
+from storage.config import Section
+from storage.durable import write_bytes_atomic
+from storage.errors import DamageError, InputError
+
+HAMER = "hamer"
+_SPEC_FILE, _WEIGHTS_FILE, _HAND_FILE = "student.json", "weights.safetensors", "hand_model.safetensors"
+
+_HEADS = {"paper": DecoderSizes(), "light": DecoderSizes(dim=256, depth=2, heads=4, dim_head=64, mlp_dim=512)}
+"""paper: HaMeR's own, 93% of a MobileNet student's parameters. light: for speed."""
+
+
+class StudentSpec(Section):
+    """What makes a student's network; it is stored beside its weights."""
+
+    backbone: str
+    """A timm model name, or `hamer` for HaMeR's own ViT."""
+    head: Literal["paper", "light"] = "paper"
+    weights: str | None = None
+    """Local file of pretrained weights for the backbone, in timm's names; never downloaded, not stored on saving."""
+    vit: VitSizes | None = None
+    """Sizes of the `hamer` backbone; None: ViT-H."""
+    decoder: DecoderSizes | None = None
+    """Sizes of a head that is neither paper nor light."""
+
+    @model_validator(mode="after")
+    def _vit_only_for_hamer(self) -> StudentSpec:
+        if self.vit is not None and self.backbone != HAMER:
+            raise ValueError(f"vit gives the sizes of the backbone {HAMER!r}; the backbone here is {self.backbone!r}")
+        return self
+
+    @property
+    def decoder_sizes(self) -> DecoderSizes:
+        return self.decoder or _HEADS[self.head]
+
+
+class Student(nn.Module):
+    """Normalised crops (B,3,256,256) to the mapping of `models.hamer.Hamer`; `features` in the backbone's own shape."""
+
+    def __init__(self, spec: StudentSpec, hand_model: HandModel) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone = _backbone(spec)
+        self.feature_shape = feature_shape(spec)
+        """(C,H,W)"""
+        self.mano_head = ManoHead(spec.decoder_sizes, self.feature_shape[0])
+        self.mano_head.start_from_mean(hand_model)
+        self.mano = ManoLayer(hand_model)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features: Tensor = self.backbone(images)
+        return {"features": features} | hands_from_features(features, self.mano_head, self.mano, FOCAL_LENGTH_PX)
+
+    @property
+    def hand_model(self) -> HandModel:
+        return self.mano.hand_model
+
+    @property
+    def channels_last_safe(self) -> bool:
+        """Whether it may run in channels-last memory: FastViT's training step crashes the interpreter there
+        (torch 2.15 on CPUs)."""
+        return not self.spec.backbone.startswith("fastvit")
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `Student.load` reads on any machine: weights, hand model, and the specification last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: value.contiguous() for name, value in self.state_dict().items() if not name.startswith("mano.")
+        }
+        write_bytes_atomic(folder / _WEIGHTS_FILE, save_safetensors(weights))
+        save_hand_model(self.hand_model, folder / _HAND_FILE)
+        stored = _StoredSpec(spec=self.spec.model_copy(update={"weights": None}))
+        write_bytes_atomic(folder / _SPEC_FILE, stored.model_dump_json(indent=2).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Student:
+        """A student that `save` wrote, on the CPU in eval mode.
+
+        Raises InputError where there is none, DamageError when its files do not belong together.
+        """
+        folder = Path(path)
+        absent = [name for name in (_SPEC_FILE, _WEIGHTS_FILE, _HAND_FILE) if not (folder / name).is_file()]
+        if absent:
+            raise InputError(f"{folder}: no student: {', '.join(absent)} missing. Wanted a folder that training wrote.")
+        try:
+            stored = _StoredSpec.model_validate_json((folder / _SPEC_FILE).read_text())
+            weights = load_safetensors(folder / _WEIGHTS_FILE)
+        except (ValidationError, SafetensorError) as error:
+            raise DamageError(f"{folder}: not readable as a student: {error}. Train it again: handstill run") from error
+        student = cls(stored.spec, load_hand_model(folder / _HAND_FILE))
+        _load_strictly(student, weights, folder)
+        return student.eval()
+
+
+class _StoredSpec(Section):
+    format_version: Literal[1] = 1
+    spec: StudentSpec
+
+
+def _load_strictly(student: Student, weights: dict[str, Tensor], folder: Path) -> None:
+    mano = {name: value for name, value in student.state_dict().items() if name.startswith("mano.")}
+    try:
+        student.load_state_dict(weights | mano, strict=True)
+    except RuntimeError as error:
+        raise DamageError(f"{folder}: the weights are of another network: {error}. Train it again.") from error
+
+
+def feature_shape(spec: StudentSpec) -> tuple[int, int, int]:
+    """(C,H,W) of a student's `features`, without building it. Raises InputError as the student would."""
+    if spec.backbone == HAMER:
+        return ((spec.vit or VitSizes()).embed_dim, *GRID_HW)
+    return timm_feature_shape(spec.backbone)
+
+
+def _backbone(spec: StudentSpec) -> nn.Module:
+    weights = None if spec.weights is None else Path(spec.weights)
+    if spec.backbone != HAMER:
+        return TimmBackbone(spec.backbone, weights)
+    vit = Vit(spec.vit or VitSizes())
+    if weights is not None:
+        try:
+            vit.load_state_dict(read_checkpoint(weights), strict=True)
+        except RuntimeError as error:
+            raise InputError(f"{weights}: not the weights of HaMeR's backbone at {spec.vit}: {error}") from error
+    return vit
+
+
+def export_hamer_checkpoint(student: Student, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a student of backbone `hamer` in the official layout, for `load_teacher`: a teacher of one's own making.
+
+    `folder`/checkpoints/hamer.ckpt and `folder`/model_config.yaml. The hand model is left out: name it beside the
+    checkpoint. Halves keep three decimal digits; the loader widens them. Raises InputError for another backbone.
+    """
+    if student.spec.backbone != HAMER:
+        raise InputError(f"backbone {student.spec.backbone!r}: only {HAMER!r} has HaMeR's checkpoint layout.")
+    config = HamerConfig(vit=student.spec.vit or VitSizes(), decoder=student.spec.decoder_sizes)
+    state = {name: value.to(dtype) for name, value in student.state_dict().items() if not name.startswith("mano.")}
+    lightning = {"epoch": 0, "global_step": 0, "state_dict": state, "hyper_parameters": {}}
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    torch.save(lightning, folder / "checkpoints" / "hamer.ckpt")
+    (folder / "model_config.yaml").write_text(config.to_yaml())
