@@ -85,7 +85,12 @@ def load_hand_model(source: str | Path) -> HandModel:
 
 def save_hand_model(hand_model: HandModel, path: Path) -> None:
     """Write a `.safetensors` file that `load_hand_model` reads; equal models give equal bytes."""
-    write_bytes_atomic(path, save_safetensors(_arrays(hand_model)))
+    write_bytes_atomic(path, hand_model_bytes(hand_model))
+
+
+def hand_model_bytes(hand_model: HandModel) -> bytes:
+    """What `save_hand_model` writes."""
+    return bytes(save_safetensors(_arrays(hand_model)))
 
 
 def hand_model_digest(hand_model: HandModel) -> str:

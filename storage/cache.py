@@ -62,14 +62,15 @@ class CacheFolder:
         folder = CacheFolder(parent / fingerprint(identity))
         for name in _FOLDERS:
             (folder.root / name).mkdir(parents=True, exist_ok=True)
-        if not folder._intact(set(attachments or {})):
+        if not folder.intact(set(attachments or {})):
             for name, data in (attachments or {}).items():
                 write_bytes_atomic(folder.root / name, data)
             write_bytes_atomic(folder.root / CACHE_JSON, sealed_json(cache_document(identity, attachments or {})))
         sync_directory(parent)
         return folder
 
-    def _intact(self, names: set[str]) -> bool:
+    def intact(self, names: set[str]) -> bool:
+        """Whether cache.json and the attachments of these names stand as they were written."""
         try:
             listed = self.description()["attachments"]
         except (InputError, DamageError):
