@@ -40,7 +40,7 @@ _CURLED = (82.0, 100.0, 62.0, 0.0)
 _STRAIGHT = (0.0, 3.0, 2.0, 3.0)
 _SPREAD = (-6.0, 2.0, 0.0, 14.0)
 _RELAXED = (22.0, 28.0, 14.0, 3.0)
-_TUCKED = (26.0, 0.0, 25.0, 55.0, 68.0)
+_TUCKED = (20.0, -8.0, 15.0, 42.0, 52.0)
 _THUMB_OUT = (-18.0, -8.0, 0.0, -2.0, -6.0)
 _THUMB_RELAXED = (4.0, 4.0, 4.0, 10.0, 12.0)
 
@@ -51,8 +51,8 @@ _GESTURES: dict[str, tuple[float, ...]] = {
     "fist": (*_CURLED * 4, *_TUCKED),
     "point": (*_STRAIGHT, *_CURLED * 3, *_TUCKED),
     "victory": (-2, 3, 2, 13, -2, 3, 2, -10, *_CURLED * 2, *_TUCKED),
-    "three": (*_SPREAD, -4, 2, 0, 0, *_SPREAD, *_CURLED, 34, 8, 24, 52, 62),
-    "four": (*_SPREAD, -4, 2, 0, 2, *_SPREAD, -4, 2, 1, 16, 30, 4, 24, 52, 62),
+    "three": (*_SPREAD, -4, 2, 0, 0, *_SPREAD, *_CURLED, 28, -2, 18, 48, 56),
+    "four": (*_SPREAD, -4, 2, 0, 2, *_SPREAD, -4, 2, 1, 16, 30, -4, 16, 48, 56),
     "thumb up": (*_CURLED * 4, -20, -18, 0, -6, -14),
     "call": (*_CURLED * 3, -4, 6, 2, 18, *_THUMB_OUT),
     "horns": (*_STRAIGHT, *_CURLED * 2, *_STRAIGHT, *_TUCKED),

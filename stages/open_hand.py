@@ -82,7 +82,7 @@ def _draw_people(shapes: int, rng: np.random.Generator) -> tuple[dict[str, Float
     """Anny's parameters of the people; Anny's fingers are short for its palms, hence the mean of 0.4 in length."""
     normal = {
         "r-hand-fingers-length-incr": (0.40, 0.22),
-        "r-hand-scale-incr": (-0.05, 0.10),
+        "r-hand-scale-incr": (-0.55, 0.15),
         "r-hand-fingers-diameter-incr": (0.0, 0.45),
         "r-hand-fingers-distance-incr": (0.0, 0.40),
         "measure-wrist-circ-incr": (0.0, 0.40),
@@ -207,7 +207,7 @@ def build(seed: int = 0) -> dict[str, NDArray[Any]]:
 
 
 def write_mano_pkl(hand: HandModel, path: Path) -> None:
-    """Write the hand as plain numpy arrays under the names of MANO_RIGHT.pkl: smplx and HaMeR load it as they do MANO."""
+    """Write the hand as plain numpy arrays under the names of MANO_RIGHT.pkl: smplx and HaMeR load it like MANO."""
     no_parent = np.uint32(2**32 - 1)  # how MANO says that the wrist hangs from nothing
     parents = np.where(hand.parents < 0, no_parent, hand.parents).astype(np.uint32)
     layout = {
