@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 
 from storage.config import FeatureGrid, Section
 
-TRAINER_VERSION = 1
+TRAINING_VERSION = 1
 """Part of every student's identity: raise it when the same recipe on the same snapshot would learn differently."""
 
 
@@ -70,6 +70,8 @@ class TrainOptions(Section):
     loss: LossWeights = LossWeights()
     validation_fraction: float = Field(default=0.05, ge=0, lt=0.5)
     """Share of the training samples (chosen by hash of their id) held out for validation."""
+    validation_samples: int = Field(default=2048, ge=1)
+    """At most this many samples are held out, so that validating stays cheap on large mixes."""
     validate_every: int = Field(default=1000, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=50, ge=1)
@@ -160,6 +162,8 @@ class LatencyConfig(Section):
     batch_sizes: list[int] = Field(default=[1, 32], min_length=1)
     warmup: int = Field(default=20, ge=0)
     iterations: int = Field(default=100, ge=1)
+    max_seconds: float = Field(default=60.0, gt=0)
+    """A batch size that takes longer is measured with fewer iterations, though never with fewer than ten."""
 
 
 class EvaluateConfig(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from storage.errors import InputError
 
 T = TypeVar("T")
-Batch = dict[str, Any]
+Batch = dict[str, NDArray[Any]]
 Ints = NDArray[np.int64]
 
 BLOCK = 1000
@@ -34,18 +34,19 @@ TEACHER_OUTPUTS = (
     "teacher/keypoints_2d", "teacher/keypoints_3d", "teacher/global_orient", "teacher/hand_pose", "teacher/betas",
 )  # fmt: skip
 FEATURES = "teacher/features"
+PICTURES = "pictures"
 
 
 class Reader(Protocol):
     """The part of `storage.reading.CacheReader` that training uses."""
 
     @property
-    def ids(self) -> Sequence[str]: ...
+    def ids(self) -> list[str]: ...
 
     @property
-    def views(self) -> int: ...
+    def n_views(self) -> int: ...
 
-    def read(self, rows: Sequence[int], views: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Any]: ...
+    def read(self, rows: Sequence[int], views: Sequence[int], keys: Collection[str] | None = None) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ class TrainMix:
         *,
         batch_size: int,
         seed: int,
-        names: Sequence[str],
+        keys: Collection[str],
         validation_fraction: float = 0.0,
         validation_samples: int = 2048,
         colour_jitter: float = 0.0,
     ) -> None:
         self.sources = tuple(sources)
-        self.batch_size, self.seed, self.names, self.colour_jitter = batch_size, seed, tuple(names), colour_jitter
+        self.batch_size, self.seed, self.keys, self.colour_jitter = batch_size, seed, tuple(keys), colour_jitter
         ids = [source.reader.ids for source in self.sources]
         self.held_out = held_out(ids, validation_fraction, validation_samples)
         self.training = [np.setdiff1d(np.arange(len(i)), out) for i, out in zip(ids, self.held_out, strict=True)]
@@ -90,15 +91,15 @@ class TrainMix:
         return [self._rows_and_views(i, numbers) for i, numbers in enumerate(self._numbers(step))]
 
     def batch(self, step: int) -> Batch:
-        """The named arrays of one step's samples, `pictures` (B,256,256,3) uint8 and `sample_id` among them."""
+        """The arrays `keys` of one step's samples, `pictures` (B,256,256,3) uint8 and `sample_id` among them."""
         parts = [
-            source.reader.read(rows.tolist(), views.tolist(), self.names)
+            source.reader.read(rows.tolist(), views.tolist(), self.keys)
             for source, (rows, views) in zip(self.sources, self.draws(step), strict=True)
             if len(rows)
         ]
         batch = _joined(parts)
         if self.colour_jitter:
-            batch["pictures"] = _jittered(batch["pictures"], self.colour_jitter, _rng(self.seed, "colour", step))
+            batch[PICTURES] = _jittered(batch[PICTURES], self.colour_jitter, _rng(self.seed, "colour", step))
         return batch
 
     def batches(self, first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
@@ -115,7 +116,7 @@ class TrainMix:
         for source, rows in zip(self.sources, self.held_out, strict=True):
             for start in range(0, len(rows), self.batch_size):
                 chunk = rows[start : start + self.batch_size].tolist()
-                yield source.reader.read(chunk, [0] * len(chunk), self.names)
+                yield source.reader.read(chunk, [0] * len(chunk), self.keys)
 
     def _numbers(self, step: int) -> list[Ints]:
         """For each source, which of its own draws (counted from the run's start) fall into this step."""
@@ -131,7 +132,7 @@ class TrainMix:
         return [np.concatenate(parts) for parts in numbers]
 
     def _rows_and_views(self, i: int, numbers: Ints) -> tuple[Ints, Ints]:
-        rows, name, views = self.training[i], self.sources[i].dataset, self.sources[i].reader.views
+        rows, name, views = self.training[i], self.sources[i].dataset, self.sources[i].reader.n_views
         epochs, places = np.divmod(numbers, len(rows))
         picks = np.zeros(len(numbers), np.int64)
         for epoch in np.unique(epochs).tolist():
@@ -182,13 +183,8 @@ def in_order(make: Callable[[int], T], keys: Sequence[int], workers: int) -> Ite
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _joined(parts: Sequence[Mapping[str, Any]]) -> Batch:
-    if len(parts) == 1:
-        return dict(parts[0])
-    joined: Batch = {"sample_id": [i for part in parts for i in part["sample_id"]]}
-    for name in parts[0].keys() - joined.keys():
-        joined[name] = np.concatenate([part[name] for part in parts])
-    return joined
+def _joined(parts: Sequence[Batch]) -> Batch:
+    return parts[0] if len(parts) == 1 else {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def _jittered(pictures: NDArray[np.uint8], amount: float, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -73,10 +73,14 @@ def auc(pred: Floats, true: Floats, valid: Mask | None = None) -> float:
     (N,K,3) metres, taken as they are: `align` them before for the aligned number. Points never valid are left out.
     """
     pred, true, weights = _checked(pred, true, valid)
-    errors = np.linalg.norm(pred - true, axis=-1)
+    return auc_of_errors(np.linalg.norm(pred - true, axis=-1), weights > 0)
+
+
+def auc_of_errors(errors_m: Floats, valid: Mask) -> float:
+    """`auc` from distances (N,K) in metres and which of them count; NaN if none does."""
     thresholds = np.linspace(0, AUC_MAX_M, AUC_STEPS)
-    seen = weights.sum(0)
-    hits = np.stack([((errors <= threshold) * weights).sum(0) for threshold in thresholds])
+    seen = valid.sum(0)
+    hits = np.stack([((errors_m <= threshold) & valid).sum(0) for threshold in thresholds])
     curves = hits[:, seen > 0] / seen[seen > 0]
     return float(np.trapezoid(curves, thresholds, axis=0).mean() / AUC_MAX_M) if curves.size else float("nan")
 
@@ -114,9 +118,14 @@ def pck(pred_px: Floats, true_px: Floats, valid: Mask, size_px: Floats, threshol
     NaN when some joint is never valid; here such a joint is left out, and NaN means that no joint ever was.
     """
     pred_px, true_px, weights = _checked(pred_px, true_px, valid)
-    hits = np.linalg.norm(pred_px - true_px, axis=-1) <= threshold * np.asarray(size_px, dtype=np.float64)[:, None]
-    seen = weights.sum(0)
-    by_joint = (hits * weights).sum(0)[seen > 0] / seen[seen > 0]
+    shares = np.linalg.norm(pred_px - true_px, axis=-1) / np.asarray(size_px, dtype=np.float64)[:, None]
+    return pck_of_errors(shares, weights > 0, threshold)
+
+
+def pck_of_errors(shares: Floats, valid: Mask, threshold: float) -> float:
+    """`pck` from distances (N,K) as shares of the hand's size, and which of them count."""
+    seen = valid.sum(0)
+    by_joint = ((shares <= threshold) & valid).sum(0)[seen > 0] / seen[seen > 0]
     return float(by_joint.mean()) if by_joint.size else float("nan")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,12 @@ import numpy as np
 class FakeReader:
     def __init__(self, dataset: str, samples: int, views: int = 3) -> None:
         self.ids = [f"{dataset}:{i:04d}#0" for i in range(samples)]
-        self.views = views
+        self.n_views = views
 
-    def read(self, rows: Sequence[int], views: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Any]:
+    def read(self, rows: Sequence[int], views: Sequence[int], keys: Collection[str] | None = None) -> dict[str, Any]:
         pictures = np.zeros((len(rows), 4, 4, 3), np.uint8) + 100
         return {
-            "sample_id": [self.ids[r] for r in rows],
+            "sample_id": np.array([self.ids[r] for r in rows]),
             "row": np.asarray(rows),
             "view": np.asarray(views),
             "pictures": pictures,

@@ -15,14 +15,14 @@ def mix(seed: int = 0, batch_size: int = 7, fraction: float = 0.2, jitter: float
         [Source("a", FakeReader("a", 50), 0.75), Source("b", FakeReader("b", 11, views=2), 0.25)],
         batch_size=batch_size,
         seed=seed,
-        names=(),
+        keys=(),
         validation_fraction=fraction,
         colour_jitter=jitter,
     )
 
 
 def seen(m: TrainMix, steps: range) -> list[tuple[list[str], list[int]]]:
-    return [(batch["sample_id"], batch["view"].tolist()) for batch in map(m.batch, steps)]
+    return [(batch["sample_id"].tolist(), batch["view"].tolist()) for batch in map(m.batch, steps)]
 
 
 def test_a_step_depends_on_seed_and_step_alone() -> None:
@@ -31,7 +31,7 @@ def test_a_step_depends_on_seed_and_step_alone() -> None:
     assert seen(mix(), range(25, 40)) == whole[25:]
     assert seen(mix(seed=1), range(40)) != whole
     for workers in (0, 1, 3):
-        assert [(b["sample_id"], b["view"].tolist()) for b in m.batches(5, 40, workers)] == whole[5:]
+        assert [(b["sample_id"].tolist(), b["view"].tolist()) for b in m.batches(5, 40, workers)] == whole[5:]
 
 
 def test_an_epoch_shows_every_training_sample_once_and_epochs_its_views_in_turn() -> None:
@@ -72,7 +72,7 @@ def test_a_new_sample_moves_no_old_one_into_validation() -> None:
 
 def test_a_set_without_samples_is_the_users_mistake() -> None:
     with pytest.raises(InputError, match="data set empty"):
-        TrainMix([Source("empty", FakeReader("empty", 0), 1)], batch_size=2, seed=0, names=())
+        TrainMix([Source("empty", FakeReader("empty", 0), 1)], batch_size=2, seed=0, keys=())
 
 
 def test_jitter_is_the_same_in_every_run() -> None:

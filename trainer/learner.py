@@ -1,0 +1,81 @@
+"""All that trains, in one module: the student, and the projection that makes its features comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from models.preprocessing import normalise
+from models.student import Student
+from storage.config import FeatureGrid
+from trainer.config import DistillConfig, StudentRecipe
+from trainer.data import FEATURES, LABELS, PICTURES, TEACHER_OUTPUTS
+from trainer.losses import FeatureLoss, label_losses, output_losses, weighted
+
+Tensors = dict[str, Tensor]
+
+
+def keys_for(distill: DistillConfig) -> tuple[str, ...]:
+    """What of a cache a student with these losses reads."""
+    return (
+        PICTURES,
+        *LABELS,
+        *(TEACHER_OUTPUTS if distill.outputs else ()),
+        *((FEATURES,) if distill.features else ()),
+    )
+
+
+class StudentUnderTraining(nn.Module):
+    """A student and its losses. The optimizer gets `parameters()`, so nothing that learns can be forgotten."""
+
+    def __init__(self, student: Student, recipe: StudentRecipe, grid: FeatureGrid, teacher_dim: int) -> None:
+        super().__init__()
+        self.student = student
+        self.recipe = recipe
+        self.memory_format = torch.contiguous_format
+        if recipe.channels_last and student.channels_last_safe:
+            self.memory_format = torch.channels_last
+        self.feature_loss: FeatureLoss | None = None
+        if recipe.distill.features:
+            self.feature_loss = FeatureLoss(recipe.distill, grid, student.feature_shape, teacher_dim)
+
+    def forward(self, pictures: Tensor) -> Tensors:
+        """The student's answers to uint8 RGB pictures (B,256,256,3), float32 whatever the autocast."""
+        images = normalise(pictures).contiguous(memory_format=self.memory_format)
+        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.bf16(pictures.device)):
+            outputs = self.student(images)
+        return {name: value.float() for name, value in outputs.items()}
+
+    def bf16(self, device: torch.device) -> bool:
+        """Whether the student's forward runs in bfloat16 there."""
+        return self.recipe.precision == "bf16" or (self.recipe.precision == "auto" and device.type == "cuda")
+
+    def losses(self, batch: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+        """The loss to minimise, its parts (mean a sample, unweighted, detached), and the student's answers.
+
+        batch: tensors by the cache's keys (`keys_for`).
+        """
+        distill, weights = self.recipe.distill, self.recipe.loss
+        outputs = self(batch[PICTURES])
+        labels = label_losses(outputs, _group(batch, "labels/"))
+        per_sample, parts = weighted(labels, weights), _means("label", labels)
+        if distill.outputs:
+            teacher = output_losses(outputs, _group(batch, "teacher/"))
+            per_sample = per_sample + distill.outputs * weighted(teacher, weights)
+            parts |= _means("teacher", teacher)
+        total = per_sample.sum() if distill.preset == "paper" else per_sample.mean()
+        if distill.features and self.feature_loss is not None:
+            features = self.feature_loss(outputs["features"], batch[FEATURES].permute(0, 3, 1, 2)).mean()
+            total = total + distill.features * features
+            parts["teacher/features"] = features.detach()
+        return total, parts, outputs
+
+
+def _group(batch: Mapping[str, Tensor], prefix: str) -> Tensors:
+    return {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
+
+
+def _means(group: str, losses: Mapping[str, Tensor]) -> Tensors:
+    return {f"{group}/{name}": value.detach().mean() for name, value in losses.items()}

@@ -1,0 +1,288 @@
+"""Training one student from caches, from first step to saved student; stopped anywhere, it continues bit for bit.
+
+A run's folder holds checkpoint.pt and best-<step>/ (the best student so far) while it goes on, and student/,
+pictures.png and result.json when it is done; `trainer.job` says what they are.
+The teacher is not in this process: `train` refuses to start where models.teacher was imported.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.hand_model import load_hand_model
+from models.student import Student, StudentSpec
+from storage.cache import open_cache
+from storage.config import FeatureGrid
+from storage.durable import (
+    canonical_json,
+    partial_path,
+    publish_directory,
+    remove_tree,
+    sweep_partial,
+    sync_directory,
+    write_bytes_atomic,
+)
+from storage.errors import DamageError, InputError
+from trainer.config import StudentRecipe
+from trainer.data import PICTURES, Batch, Source, TrainMix
+from trainer.job import CHECKPOINT, PICTURES_PNG, RESULT, STUDENT, Callbacks, Silent, TrainJob, TrainResult
+from trainer.job import params_of as params_of
+from trainer.job import read_result as read_result
+from trainer.learner import StudentUnderTraining, Tensors, keys_for
+from trainer.metrics import pa_mpjpe_mm
+from trainer.pictures import sheet
+from trainer.watch import Watch, stop_signal
+
+STOPPED_EXIT_CODE = 128 + signal.SIGTERM
+_SHOWN_PICTURES = 16
+
+
+def train(job: TrainJob, callbacks: Callbacks | None = None) -> TrainResult:
+    """Train the student, or continue it, or return its result if it is done.
+
+    Raises InputError (a cache that cannot serve it), DamageError (its checkpoint is damaged), WorkError (a loss that
+    is not finite, with the step and the samples). On SIGTERM it writes a checkpoint and raises SystemExit(143).
+    """
+    assert "models.teacher" not in sys.modules, "a teacher was loaded into a training process"
+    callbacks = callbacks or Silent()
+    done = read_result(job.out_dir)
+    if done is not None and done.identity == job.identity:
+        return done
+    job.out_dir.mkdir(parents=True, exist_ok=True)
+    sweep_partial(job.out_dir)
+    start = time.perf_counter()
+    run = _Run(job, callbacks)
+    run.resume()
+    callbacks.on_start(params_of(job))
+    with stop_signal() as stop:
+        run.to_the_end(stop)
+    return run.finish(time.perf_counter() - start)
+
+
+def learning_rate(recipe: StudentRecipe, step: int) -> float:
+    """Of step `step` (from 0): linear warm-up, then constant or half a cosine down to 0 at the last step."""
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    if recipe.schedule == "constant":
+        return recipe.lr
+    share = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class _Run:
+    """The state of a run: what a checkpoint holds, and what is made anew from the job."""
+
+    def __init__(self, job: TrainJob, callbacks: Callbacks) -> None:
+        self.job, self.recipe, self.callbacks = job, job.recipe, callbacks
+        self.device = torch.device(_device(job.device))
+        readers = [open_cache(root, {dataset: digest}) for dataset, root, digest, _ in job.snapshots]
+        self.mix = TrainMix(
+            [Source(name, reader, weight) for (name, _, _, weight), reader in zip(job.snapshots, readers, strict=True)],
+            batch_size=self.recipe.batch_size,
+            seed=job.seed,
+            keys=keys_for(self.recipe.distill),
+            validation_fraction=self.recipe.validation_fraction,
+            validation_samples=self.recipe.validation_samples,
+            colour_jitter=self.recipe.colour_jitter,
+        )
+        shapes = {(reader.grid, reader.feature_shape[-1]) for reader in readers}
+        if len(shapes) != 1:
+            raise InputError(f"the data sets of {job.name} are cached differently: {sorted(shapes)}; use one cache")
+        ((grid, teacher_dim),) = shapes
+        torch.manual_seed(job.seed)
+        weights = str(job.weights) if job.weights else None
+        spec = StudentSpec(backbone=self.recipe.backbone, head=self.recipe.head, weights=weights)
+        student = Student(spec, load_hand_model(job.hand_model))
+        self.module = StudentUnderTraining(student, self.recipe, cast(FeatureGrid, grid), teacher_dim)
+        self.module.to(self.device).to(memory_format=self.module.memory_format)
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay)
+        self.step = 0
+        self.best_step = 0
+        self.best: dict[str, float] = {}
+
+    def to_the_end(self, stop: threading.Event) -> None:
+        recipe, watch = self.recipe, Watch()
+        batches = self.mix.batches(self.step, recipe.steps, recipe.loader_workers)
+        self.module.train()
+        while self.step < recipe.steps:
+            with watch.waiting():
+                batch = next(batches)
+            watch.note(self.step, batch, *self._learn(batch))
+            self.step += 1
+            last = self.step == recipe.steps
+            validates = last or self.step % recipe.validate_every == 0
+            stopping = stop.is_set()
+            saves = validates or stopping or self.step % recipe.checkpoint_every == 0
+            if saves or self.step % recipe.log_every == 0:
+                self.callbacks.on_step(self.step, watch.report(learning_rate(recipe, self.step - 1)))
+            if validates:
+                self._validate()
+            if saves:
+                self._save()
+            if stopping and not last:
+                raise SystemExit(STOPPED_EXIT_CODE)
+
+    def finish(self, seconds: float) -> TrainResult:
+        """Publish the best student, draw its pictures, write the result."""
+        job = self.job
+        if (best := self._best_dir(self.best_step)).is_dir():
+            if (job.out_dir / STUDENT).exists():  # of another identity
+                remove_tree(job.out_dir / STUDENT)
+            publish_directory(best, job.out_dir / STUDENT)
+        student = Student.load(job.out_dir / STUDENT)
+        self._draw(student.to(self.device).eval())
+        params_m = sum(p.numel() for p in student.parameters()) / 1e6
+        values: dict[str, Any] = {
+            **{"name": job.name, "seed": job.seed, "identity": job.identity},
+            **{"steps": self.step, "best_step": self.best_step, "validation": self.best},
+            **{"params_m": params_m, "seconds": round(seconds, 3)},
+        }
+        write_bytes_atomic(job.out_dir / RESULT, canonical_json(values))
+        result = TrainResult(**values, student=job.out_dir / STUDENT)
+        (job.out_dir / CHECKPOINT).unlink(missing_ok=True)
+        self.callbacks.on_end(result)
+        return result
+
+    def resume(self) -> None:
+        """Continue from the checkpoint, if there is one of this identity."""
+        path = self.job.out_dir / CHECKPOINT
+        state = _read_checkpoint(path) if path.is_file() else {}
+        if state.get("identity") == self.job.identity:
+            self.module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+            self.step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
+        self._drop_other_bests()
+
+    def _learn(self, batch: Batch) -> tuple[Tensor, Tensors, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.step)
+        loss, parts, _ = self.module.losses(self._tensors(batch))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip_grad_norm or math.inf)
+        self.optimizer.step()
+        return loss.detach(), parts, norm.detach()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Score the held-out samples and keep the student if it is the best so far."""
+        if not self.mix.validation_size:
+            self._keep({})
+            return
+        self.module.eval()
+        scores = [self._scores(batch) for batch in self.mix.validation_batches()]
+        self.module.train()
+        sizes = np.array([score.pop("samples") for score in scores])
+        means = {key: _mean_of([score[key] for score in scores], sizes) for key in scores[0]}
+        metrics = {key: value for key, value in means.items() if math.isfinite(value)}
+        self.callbacks.on_validation(self.step, metrics)
+        criterion = "pa_mpjpe_mm" if "pa_mpjpe_mm" in metrics else "loss"
+        if not self.best or metrics[criterion] < self.best[criterion]:
+            self._keep(metrics)
+
+    def _scores(self, batch: Batch) -> dict[str, float]:
+        total, parts, outputs = self.module.losses(self._tensors(batch))
+        labels = batch["labels/keypoints_3d"]
+        errors = pa_mpjpe_mm(outputs["keypoints_3d"].cpu().numpy(), labels[..., :3], labels[..., 3] > 0)
+        labelled = np.isfinite(errors) & ((labels[..., 3] > 0).sum(1) >= 4)  # three points fit anything
+        error = float(errors[labelled].mean()) if labelled.any() else math.nan
+        scores = {"loss": float(total), "pa_mpjpe_mm": error, "samples": float(len(labels))}
+        return scores | {key: float(value) for key, value in parts.items()}
+
+    def _keep(self, metrics: dict[str, float]) -> None:
+        self.best_step, self.best = self.step, metrics
+        target = self._best_dir(self.step)
+        if target.exists():  # left by a process that died before its checkpoint; after it, bits may differ on a GPU
+            remove_tree(target)
+        partial = partial_path(target)
+        self.module.student.save(partial)
+        publish_directory(partial, target)
+
+    def _save(self) -> None:
+        """Replace the checkpoint; only then forget what the one before needed."""
+        state = {
+            "identity": self.job.identity,
+            "step": self.step,
+            "best_step": self.best_step,
+            "best": self.best,
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        path = self.job.out_dir / CHECKPOINT
+        partial = partial_path(path)
+        with partial.open("xb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_directory(path.parent)
+        self._drop_other_bests()
+
+    def _draw(self, student: Student) -> None:
+        batch = next(iter(self.mix.validation_batches()), None) or self.mix.batch(0)
+        shown = {key: value[:_SHOWN_PICTURES] for key, value in batch.items()}
+        self.module.student = student
+        self.module.eval()
+        with torch.no_grad():
+            said = self.module(torch.from_numpy(shown[PICTURES]).to(self.device))["keypoints_2d"].cpu().numpy()
+        path = self.job.out_dir / PICTURES_PNG
+        write_bytes_atomic(path, sheet(shown[PICTURES], shown["labels/keypoints_2d"], said))
+        self.callbacks.on_pictures(self.best_step, path)
+
+    def _tensors(self, batch: Batch) -> Tensors:
+        return {
+            key: torch.from_numpy(value).to(self.device, non_blocking=True)
+            for key, value in batch.items()
+            if key != "sample_id"
+        }
+
+    def _best_dir(self, step: int) -> Path:
+        return self.job.out_dir / f"best-{step}"
+
+    def _drop_other_bests(self) -> None:
+        for path in self.job.out_dir.glob("best-*"):
+            if path != self._best_dir(self.best_step):
+                remove_tree(path)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch writes each record's crc32 and never looks at it again
+            if broken := archive.testzip():
+                raise ValueError(f"the crc32 of {broken} does not match")
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, ValueError) as error:
+        raise DamageError(f"{path} is damaged ({error}); delete it and run `handstill run train`") from error
+    return state
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _mean_of(values: list[float], sizes: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    """Mean over samples of batch means; batches without a label do not count."""
+    each = np.array(values)
+    known = np.isfinite(each)
+    return float((each[known] * sizes[known]).sum() / sizes[known].sum()) if known.any() else math.nan

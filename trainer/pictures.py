@@ -1,0 +1,45 @@
+"""Hands drawn over their pictures: what was labelled in green, what the student said in red."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+BONES = tuple((0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, 21))
+"""Pairs of joints in OpenPose order: wrist to each finger's base, then along the finger."""
+
+_TRUE, _PRED = (40, 220, 90), (255, 60, 60)
+_SHOWN_PX = 192
+
+
+def sheet(pictures: NDArray[np.uint8], true: NDArray[Any], pred: NDArray[Any], columns: int = 4) -> bytes:
+    """A PNG of all pictures (N,256,256,3) with both skeletons (N,21,2+) in crop units (-0.5..0.5)."""
+    tiles = [_tile(*each) for each in zip(pictures, true, pred, strict=True)]
+    rows = -(-len(tiles) // columns)
+    page = Image.new("RGB", (columns * _SHOWN_PX, rows * _SHOWN_PX))
+    for i, tile in enumerate(tiles):
+        page.paste(tile, (i % columns * _SHOWN_PX, i // columns * _SHOWN_PX))
+    data = io.BytesIO()
+    page.save(data, format="PNG")
+    return data.getvalue()
+
+
+def _tile(picture: NDArray[np.uint8], true: NDArray[Any], pred: NDArray[Any]) -> Image.Image:
+    tile = Image.fromarray(picture).resize((_SHOWN_PX, _SHOWN_PX))
+    draw = ImageDraw.Draw(tile)
+    for points, colour in ((true, _TRUE), (pred, _PRED)):
+        xy = ((np.asarray(points)[:, :2] + 0.5) * _SHOWN_PX).tolist()
+        for a, b in BONES:
+            draw.line([_inside(xy[a]), _inside(xy[b])], fill=colour, width=2)
+    return tile
+
+
+def _inside(point: Sequence[float]) -> tuple[float, float]:
+    """A wild prediction must not make Pillow draw a line of a million pixels."""
+    x, y = (float(np.clip(v, -_SHOWN_PX, 2 * _SHOWN_PX)) for v in point)
+    return x, y
