@@ -142,7 +142,9 @@ def shards_of(table: pa.Table, role: Role, samples_per_shard: int) -> list[Shard
     usable = np.flatnonzero(pc.is_null(table.column("reason")).to_numpy())
     if not len(usable):
         return []
-    table = table.select(PLAN_COLUMNS).take(usable)
+    table = table.select(PLAN_COLUMNS)
+    if len(usable) < len(table):
+        table = table.take(usable)
     lines = _lines(table)
     bounds = np.append(_starts_of_shards(table, samples_per_shard), len(usable))
     dataset = str(table.column("dataset")[0].as_py())
@@ -176,4 +178,5 @@ def _slices(lines: pa.Array, bounds: npt.NDArray[np.int64]) -> Iterator[tuple[in
 
 
 def _one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    return chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
