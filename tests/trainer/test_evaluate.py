@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from models.hand_model import load_hand_model, save_hand_model
+from models.student import Student, StudentSpec
+from storage.cache import open_cache
+from storage.errors import DamageError
+from storage.snapshots import read_head
+from tests.tiny_cache import write_tiny_cache
+from trainer import metrics as m
+from trainer.config import LatencyConfig
+from trainer.evaluate import (
+    EvaluateJob,
+    EvaluationSet,
+    TeacherJob,
+    evaluate_student,
+    evaluate_teacher,
+    read_evaluation,
+    score,
+)
+from trainer.scores import HO3D_ORDER, Hands, Protocol, Scoring
+
+LATENCY = LatencyConfig(batch_sizes=[1, 2], warmup=1, iterations=3)
+VERTICES = 6
+
+
+def evaluation_set(folder: Path, protocol: Protocol | None = None, vertices: int = VERTICES) -> EvaluationSet:
+    cache = write_tiny_cache(folder / "cache", n=7, views=2, role="evaluate", dataset="val", truth_vertices=vertices)
+    return EvaluationSet("val", cache, read_head(cache)["val"], protocol)
+
+
+def perfect(protocol: Protocol | None):  # type: ignore[no-untyped-def]
+    """Predicts the authors' truth: mirrored for left hands, in OpenPose order, turned to OpenCV axes."""
+
+    def predict(batch: dict[str, np.ndarray]) -> Hands:
+        side = np.where(batch["labels/right"] > 0.5, 1.0, -1.0)[:, None, None] * [1, 0, 0] + [0, 1, 1]
+        joints, vertices = batch["labels/truth_xyz"], batch["labels/truth_vertices"]
+        if protocol == "ho3d":
+            joints, vertices = joints[:, np.argsort(HO3D_ORDER)] * [1, -1, -1], vertices * [1, -1, -1]
+        return Hands(joints * side + 0.3, vertices * side + 0.3, batch["labels/keypoints_2d"][..., :2])
+
+    return predict
+
+
+@pytest.mark.parametrize("protocol", ["freihand", "ho3d"])
+def test_the_truth_scores_perfectly_left_hands_and_joint_order_included(tmp_path: Path, protocol: Protocol) -> None:
+    each = evaluation_set(tmp_path, protocol)
+    reader = open_cache(each.cache_root, {each.dataset: each.digest})
+    assert 0 < reader.read(range(7), [0] * 7, ["labels/right"])["labels/right"].sum() < 7
+    found = score(reader, 0, perfect(protocol), protocol, 3, tmp_path / "out").metrics()
+    for name in ("pa_mpjpe_mm", "pa_mpvpe_mm", "mpjpe_mm"):
+        assert found[name] == pytest.approx(0, abs=1e-3), name
+    for name in ("f5", "f15", "auc", "auc_mesh", "pck_05", "pck_10", "pck_15"):
+        assert found[name] == pytest.approx(1, abs=0.01), name
+    joints, vertices = json.loads((tmp_path / "out" / "pred.json").read_text())
+    truth = reader.read(range(7), [0] * 7)["labels/truth_xyz"]
+    assert np.allclose(joints, truth - truth[:, np.argsort(HO3D_ORDER)[:1] if protocol == "ho3d" else [0]], atol=1e-5)
+    assert np.shape(vertices) == (7, VERTICES, 3)
+
+
+def test_metrics_are_means_of_the_samples_table(tmp_path: Path) -> None:
+    each = evaluation_set(tmp_path)
+    reader = open_cache(each.cache_root, {each.dataset: each.digest})
+
+    def predict(batch: dict[str, np.ndarray]) -> Hands:
+        wrong = np.random.default_rng(0).normal(size=batch["labels/truth_xyz"].shape) * 0.01
+        return Hands(
+            batch["labels/truth_xyz"] + wrong, batch["labels/truth_vertices"], batch["labels/keypoints_2d"][..., :2]
+        )
+
+    scoring = score(reader, 0, predict, None, 4, tmp_path / "out")
+    table = pq.read_table(tmp_path / "out" / "samples.parquet").to_pydict()
+    assert table["sample_id"] == reader.ids
+    for name in ("pa_mpjpe_mm", "mpjpe_mm", "f5"):
+        assert np.mean(table[name]) == pytest.approx(scoring.metrics()[name])
+    assert not (tmp_path / "out" / "pred.json").exists()
+
+
+def test_without_authors_truth_the_visible_labels_count(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    joints = rng.normal(size=(2, 21, 3)) * 0.04
+    confidence = np.ones((2, 21, 1))
+    confidence[0, 3], confidence[1, 3:] = 0, 0
+    pred = joints + np.array([0.1, 0, 0])
+    pred[0, 3] += 1
+    batch = {
+        "sample_id": np.array(["a", "b"]), "labels/right": np.ones(2),
+        "labels/keypoints_3d": np.concatenate([joints, confidence], -1),
+        "labels/keypoints_2d": np.zeros((2, 21, 3)), "labels/box_size": np.ones((2, 2)), "views/box_px": np.ones(2),
+    }  # fmt: skip
+    scoring = Scoring()
+    scoring.add(batch, Hands(pred, np.zeros((2, 5, 3)), np.zeros((2, 21, 2))))
+    assert scoring.metrics() == pytest.approx({"pa_mpjpe_mm": 0, "mpjpe_mm": 0, "auc": 1}, abs=0.01)
+    assert np.isnan(scoring.samples()["pa_mpjpe_mm"][1])  # three joints tell nothing
+
+
+def test_pck_is_relative_to_the_annotated_box_not_to_the_crop() -> None:
+    batch = {
+        "sample_id": np.array(["a"]), "labels/right": np.ones(1), "labels/keypoints_3d": np.zeros((1, 21, 4)),
+        "labels/keypoints_2d": np.concatenate([np.zeros((1, 21, 2)), np.ones((1, 21, 1))], -1),
+        "labels/box_size": np.array([[50.0, 100.0]]), "views/box_px": np.array([200.0]),  # HInt's box: twice the hand's
+    }  # fmt: skip
+    pred = np.zeros((1, 21, 2))
+    pred[0, :7, 0] = 0.04  # 8 px of a hand of 100 px
+    scoring = Scoring("hint")
+    scoring.add(batch, Hands(np.zeros((1, 21, 3)), np.zeros((1, 5, 3)), pred))
+    assert scoring.metrics() == {"pck_05": pytest.approx(14 / 21), "pck_10": 1.0, "pck_15": 1.0}
+
+
+def test_a_mesh_of_another_topology_moves_with_its_joints(tmp_path: Path) -> None:
+    each = evaluation_set(tmp_path)
+    reader = open_cache(each.cache_root, {each.dataset: each.digest})
+
+    def predict(batch: dict[str, np.ndarray]) -> Hands:
+        vertices = np.repeat(batch["labels/truth_vertices"], 2, axis=1)
+        return Hands(batch["labels/truth_xyz"] * 3, vertices * 3, None)
+
+    each_right = [i for i in range(7) if reader[i]["labels/right"] > 0.5]
+    scoring = score(reader, 0, predict, None, 3, tmp_path / "out")
+    assert "pa_mpvpe_mm" not in scoring.metrics()
+    assert scoring.samples()["f5"][each_right] == pytest.approx(1.0)
+
+
+def student_job(folder: Path) -> EvaluateJob:
+    torch.manual_seed(0)
+    spec = StudentSpec(backbone="test_efficientnet", head="light")
+    Student(spec, load_hand_model("open-hand")).save(folder / "student")
+    sets = (evaluation_set(folder, "freihand"),)
+    return EvaluateJob("s", 0, folder / "student", sets, folder / "out", "id", 4, LATENCY, "cpu")
+
+
+def test_a_student_is_evaluated_once(tmp_path: Path) -> None:
+    job = student_job(tmp_path)
+    result = evaluate_student(job)
+    assert result.metrics["val"].keys() == {"pa_mpjpe_mm", "mpjpe_mm", "auc", "f5", "f15", "pck_05", "pck_10", "pck_15"}
+    assert result.samples == {"val": 7}
+    assert result.latency_ms.keys() == {"1", "2"}
+    assert result.fps == pytest.approx(1000 / result.latency_ms["1"])
+    assert "1 threads" in str(result.device)
+    assert read_evaluation(job.out_dir, "id") == result == evaluate_student(job)
+    assert read_evaluation(job.out_dir, "other") is None
+    (job.out_dir / "evaluation.json").write_text("{}")
+    with pytest.raises(DamageError, match=r"evaluation\.json is damaged"):
+        evaluate_student(job)
+
+
+def test_the_teacher_is_scored_from_its_wider_view_and_the_mean_pose_beside_it(tmp_path: Path) -> None:
+    each = evaluation_set(tmp_path)
+    save_hand_model(load_hand_model("open-hand"), tmp_path / "hand.safetensors")
+    result = evaluate_teacher(TeacherJob((each,), tmp_path / "hand.safetensors", tmp_path / "out", "id"))
+    reader = open_cache(each.cache_root, {each.dataset: each.digest})
+    rows = reader.read(range(7), [1] * 7)
+    side = np.where(rows["labels/right"] > 0.5, 1.0, -1.0)[:, None, None] * [1, 0, 0] + [0, 1, 1]
+    expected = m.pa_mpjpe_mm(rows["teacher/keypoints_3d"] * side, rows["labels/truth_xyz"])
+    assert result.metrics["val"]["pa_mpjpe_mm"] == pytest.approx(expected.mean())
+    assert "pck_05" in result.metrics["val"]
+    assert "pck_05" not in result.mean_pose["val"]
+    assert result.mean_pose["val"]["pa_mpjpe_mm"] > 0

@@ -1,0 +1,284 @@
+"""Scores of a student, of its teacher and of a mean pose on cached evaluation sets. The teacher is never loaded.
+
+View 0 of an evaluation set is the students' box, view 1 the teacher's own, wider one (HAMER_SPEC 2.1); what the
+teacher said of it stands in the cache. An evaluation's folder holds, for each data set, `samples.parquet` (errors of
+each sample, for paired comparisons) and, where the protocol has one, `pred.json` for the authors' scripts; and
+`evaluation.json`, written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from models.hand_model import HandModel, load_hand_model
+from models.mano import ManoLayer
+from models.preprocessing import normalise
+from models.student import Student
+from storage.cache import CacheReader, open_cache
+from storage.durable import canonical_json, partial_path, sync_directory, write_bytes_atomic
+from storage.errors import DamageError, InputError
+from trainer.config import LatencyConfig
+from trainer.data import PICTURES, in_order
+from trainer.latency import Latency, measure
+from trainer.losses import rotations
+from trainer.scores import LABEL_KEYS, TRUTH_KEYS, Hands, Protocol, Scoring
+
+EVALUATION = "evaluation.json"
+SAMPLES = "samples.parquet"
+PREDICTIONS = "pred.json"
+STUDENT_VIEW, TEACHER_VIEW = 0, 1
+
+Batch = dict[str, NDArray[Any]]
+Predict = Callable[[Batch], Hands]
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """One data set at one snapshot, and the rules it is scored by."""
+
+    dataset: str
+    cache_root: Path
+    digest: str
+    protocol: Protocol | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """One student's evaluation; by value, so that it can be sent to another process."""
+
+    name: str
+    seed: int
+    student: Path
+    sets: tuple[EvaluationSet, ...]
+    out_dir: Path
+    identity: str
+    batch_size: int = 32
+    latency: LatencyConfig | None = None
+    """None: not measured."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class TeacherJob:
+    """The teacher's evaluation, from what the cache says it said, and beside it the mean pose's."""
+
+    sets: tuple[EvaluationSet, ...]
+    hand_model: Path
+    out_dir: Path
+    identity: str
+    batch_size: int = 256
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What evaluation.json says."""
+
+    name: str
+    seed: int | None
+    identity: str
+    metrics: dict[str, dict[str, float]]
+    """Data set -> metric -> value (trainer.scores); millimetres where the name says so."""
+    samples: dict[str, int]
+    mean_pose: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same metrics for the hand model's mean pose on every picture: what knowing nothing scores. Teacher only."""
+    params_m: float | None = None
+    latency: dict[str, Latency] = field(default_factory=dict)
+    device: str | None = None
+    """What the latency was measured on, threads included."""
+
+    @property
+    def latency_ms(self) -> dict[str, float]:
+        """Median milliseconds of one forward, by batch size."""
+        return {size: latency.p50_ms for size, latency in self.latency.items()}
+
+    @property
+    def fps(self) -> float | None:
+        """Pictures a second one at a time; where batch size 1 was not measured, at the smallest that was."""
+        smallest = min(self.latency.values(), key=lambda latency: latency.batch_size, default=None)
+        return None if smallest is None else smallest.pictures_per_s
+
+
+def evaluate_student(job: EvaluateJob) -> EvaluationResult:
+    """Score a saved student on every set and measure its latency, or return the result if that was done."""
+    if (done := read_evaluation(job.out_dir, job.identity)) is not None:
+        return done
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if job.device == "auto" else job.device)
+    student = Student.load(job.student).to(device).eval()
+    predict = student_prediction(student, device)
+    metrics, samples = _score_sets(job.sets, job.out_dir, STUDENT_VIEW, predict, job.batch_size)
+    return _finish(
+        job.out_dir,
+        EvaluationResult(
+            name=job.name,
+            seed=job.seed,
+            identity=job.identity,
+            metrics=metrics,
+            samples=samples,
+            params_m=sum(p.numel() for p in student.parameters()) / 1e6,
+            latency=measure(student, job.latency, device) if job.latency else {},
+            device=describe(device),
+        ),
+    )
+
+
+def evaluate_teacher(job: TeacherJob) -> EvaluationResult:
+    """Score the teacher's cached answers, and the mean pose, on every set."""
+    if (done := read_evaluation(job.out_dir, job.identity)) is not None:
+        return done
+    hand_model = load_hand_model(job.hand_model)
+    teacher, nothing = cached_teacher(hand_model), mean_pose(hand_model)
+    metrics, samples = _score_sets(job.sets, job.out_dir, TEACHER_VIEW, teacher, job.batch_size)
+    baseline, _ = _score_sets(job.sets, None, STUDENT_VIEW, nothing, job.batch_size)
+    return _finish(
+        job.out_dir,
+        EvaluationResult("teacher", None, job.identity, metrics=metrics, samples=samples, mean_pose=baseline),
+    )
+
+
+def read_evaluation(out_dir: Path, identity: str) -> EvaluationResult | None:
+    """The evaluation of that identity if it is done; DamageError if its file is not what we write."""
+    path = out_dir / EVALUATION
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+        latency = {size: Latency(**each) for size, each in values.pop("latency").items()}
+        result = EvaluationResult(**values, latency=latency)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamageError(f"{path} is damaged ({error!r}); delete it and run `handstill run evaluate`") from error
+    return result if result.identity == identity else None
+
+
+def student_prediction(student: Student, device: torch.device) -> Predict:
+    """What the student says of the pictures; float32."""
+
+    def predict(batch: Batch) -> Hands:
+        with torch.inference_mode():
+            said = student(normalise(torch.from_numpy(batch[PICTURES]).to(device)))
+        return Hands(*(said[k].float().cpu().numpy() for k in ("keypoints_3d", "vertices", "keypoints_2d")))
+
+    return predict
+
+
+def cached_teacher(hand_model: HandModel) -> Predict:
+    """What the teacher said of the view, its mesh made from its parameters."""
+    layer = ManoLayer(hand_model)
+
+    def predict(batch: Batch) -> Hands:
+        pose = [torch.from_numpy(batch[f"teacher/{name}"]) for name in ("global_orient", "hand_pose", "betas")]
+        vertices, _ = layer(*pose)
+        return Hands(batch["teacher/keypoints_3d"], vertices.numpy(), batch["teacher/keypoints_2d"])
+
+    return predict
+
+
+def mean_pose(hand_model: HandModel) -> Predict:
+    """The same hand for every picture: mean pose, mean shape, no camera."""
+    pose = rotations(torch.tensor(hand_model.hands_mean[None]))
+    vertices, joints = ManoLayer(hand_model)(torch.eye(3)[None, None], pose, torch.zeros(1, 10))
+
+    def predict(batch: Batch) -> Hands:
+        size = len(batch["sample_id"])
+        return Hands(np.repeat(joints.numpy(), size, 0), np.repeat(vertices.numpy(), size, 0))
+
+    return predict
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for the numbers measured on it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, fp32"
+    return f"cpu, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32"
+
+
+def _score_sets(
+    sets: tuple[EvaluationSet, ...],
+    out_dir: Path | None,
+    view: int,
+    predict: Predict,
+    batch_size: int,
+) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    metrics, samples = {}, {}
+    for each in sets:
+        reader = open_cache(each.cache_root, {each.dataset: each.digest})
+        folder = None if out_dir is None else out_dir / each.dataset
+        scoring = score(reader, view, predict, each.protocol, batch_size, folder)
+        metrics[each.dataset], samples[each.dataset] = scoring.metrics(), len(reader)
+    return metrics, samples
+
+
+def score(
+    reader: CacheReader, view: int, predict: Predict, protocol: Protocol | None, batch_size: int, folder: Path | None
+) -> Scoring:
+    """Score `predict` on every sample; with a folder, write `samples.parquet` and `pred.json` there."""
+    if not len(reader):
+        raise InputError(f"data set {', '.join(reader.digests)} has no sample to evaluate on")
+    scoring, predictions = Scoring(protocol), _PredictionFile()
+    for batch in _batches(reader, view, batch_size):
+        hands = predict(batch)
+        scoring.add(batch, hands)
+        if folder is not None and protocol in ("freihand", "ho3d"):
+            predictions.add(*hands.for_authors(batch["labels/right"], protocol))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        predictions.write(folder / PREDICTIONS)
+        _write_table(folder / SAMPLES, scoring.samples())
+    return scoring
+
+
+def _batches(reader: CacheReader, view: int, batch_size: int) -> Iterator[Batch]:
+    known = reader.read([0], [view])
+    teacher = ("teacher/keypoints_3d", "teacher/keypoints_2d", "teacher/betas")
+    wanted = (*LABEL_KEYS, *TRUTH_KEYS, *((PICTURES,) if view == STUDENT_VIEW else teacher))
+    wanted += ("teacher/global_orient", "teacher/hand_pose") if view == TEACHER_VIEW else ()
+    keys = [key for key in wanted if key in known]
+
+    def make(start: int) -> Batch:
+        rows = range(start, min(start + batch_size, len(reader)))
+        return reader.read(rows, [view] * len(rows), keys)
+
+    return in_order(make, range(0, len(reader), batch_size), workers=1)
+
+
+class _PredictionFile:
+    """[joints, vertices] of every sample in the set's order, as the FreiHAND and HO-3D scripts read them.
+
+    Metres from the wrist, to the micrometre, as text at once: Python lists of 3,960 meshes would take gigabytes.
+    """
+
+    def __init__(self) -> None:
+        self._joints: list[str] = []
+        self._vertices: list[str] = []
+
+    def add(self, joints: NDArray[Any], vertices: NDArray[Any]) -> None:
+        self._joints += [json.dumps(each) for each in joints.round(6).tolist()]
+        self._vertices += [json.dumps(each) for each in vertices.round(6).tolist()]
+
+    def write(self, path: Path) -> None:
+        if self._joints:
+            text = f"[[{', '.join(self._joints)}], [{', '.join(self._vertices)}]]"
+            write_bytes_atomic(path, text.encode())
+
+
+def _write_table(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
+    partial = partial_path(path)
+    pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), partial)
+    partial.replace(path)
+    sync_directory(path.parent)
+
+
+def _finish(out_dir: Path, result: EvaluationResult) -> EvaluationResult:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(out_dir / EVALUATION, canonical_json(dataclasses.asdict(result)))
+    return result
