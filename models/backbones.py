@@ -57,7 +57,7 @@ class _Anatomy:
 def _anatomy(name: str) -> _Anatomy:
     """Look through a model without memory or arithmetic: which parameters get a gradient from the feature map?"""
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a seed must not depend on what was looked at
             body = _create(name).eval()
             features = _feature_map(body, torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
             features.sum().backward()  # type: ignore[no-untyped-call]

@@ -110,9 +110,10 @@ class Student(nn.Module):
         try:
             stored = _StoredSpec.model_validate_json((folder / _SPEC_FILE).read_text())
             weights = load_safetensors(folder / _WEIGHTS_FILE)
-        except (ValidationError, SafetensorError) as error:
+            hand_model = load_hand_model(folder / _HAND_FILE)
+        except (ValidationError, SafetensorError, InputError) as error:
             raise DamageError(f"{folder}: not readable as a student: {error}. Train it again: handstill run") from error
-        student = cls(stored.spec, load_hand_model(folder / _HAND_FILE))
+        student = cls(stored.spec, hand_model)
         _load_strictly(student, weights, folder)
         return student.eval()
 
