@@ -12,6 +12,8 @@ import struct
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
@@ -80,3 +82,14 @@ def _size(content: bytes) -> tuple[int, int, str | None]:
     if max(width, height) > _MAX_SIDE_PX or width * height > _MAX_PIXELS:
         return width, height, f"is too large ({width} x {height})"
     return width, height, None
+
+
+def decode(content: bytes) -> NDArray[np.uint8] | None:
+    """RGB pixels (H,W,3) as stored, orientation tags ignored; None when the picture cannot be decoded to its end."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in `look_at`, which saw the size
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                return np.asarray(image.convert("RGB"))
+    except _MALFORMED:
+        return None

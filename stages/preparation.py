@@ -7,7 +7,6 @@ and decoded again before anyone sees it, so that teacher and students look at th
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from PIL import Image
 
 from models.crops import (
     IDENTITY,
@@ -32,6 +30,7 @@ from models.crops import (
     move_labels,
     view_rng,
 )
+from stages.pictures import decode
 from storage.config import CacheConfig, FeaturesConfig, PicturesConfig
 from storage.durable import sha256_bytes
 from storage.encodings import decode_picture, encode_picture
@@ -151,7 +150,7 @@ def _samples(job: ShardJob) -> Iterator[Iterator[PreparedView] | Quarantined]:
     for row in job.rows.to_pylist():
         place = (row["source"], row["image_path"], row["image_offset"])
         if place != last_place:  # hands of one photograph follow each other
-            last_place, photo = place, decode_photo(read_photo(row, job.base))
+            last_place, photo = place, decode(read_photo(row, job.base))
         if photo is None:
             yield Quarantined(row["sample_id"], f"undecodable-picture: {row['image_name']}")
         else:
@@ -177,15 +176,6 @@ def read_photo(row: Row, base: Path) -> bytes:
             "leave the sources alone while handstill runs, then run again"
         )
     return data
-
-
-def decode_photo(data: bytes) -> NDArray[np.uint8] | None:
-    """RGB pixels (H,W,3) as stored, EXIF orientation ignored as HaMeR ignores it; None when they cannot be decoded."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises on damaged files
-        return None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -228,7 +229,8 @@ def _note(job: ShardJob, event: str) -> None:
     """One line in the events file, whole whoever else writes to it."""
     if job.events is None:
         return
-    line = json.dumps({"event": event, "input_hash": job.input_hash, "dataset": job.dataset, "pid": os.getpid()})
+    fields = {"event": event, "unit": job.input_hash, "dataset": job.dataset, "pid": os.getpid()}
+    line = json.dumps({"time": round(time.time(), 3), **fields})
     descriptor = os.open(job.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, (line + "\n").encode())

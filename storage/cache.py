@@ -70,7 +70,9 @@ class CacheFolder:
         return folder
 
     def intact(self, names: set[str]) -> bool:
-        """Whether cache.json and the attachments of these names stand as they were written."""
+        """Whether the folders are there, and cache.json and the attachments of these names as they were written."""
+        if not all((self.root / name).is_dir() for name in _FOLDERS):
+            return False
         try:
             listed = self.description()["attachments"]
         except (InputError, DamageError):
