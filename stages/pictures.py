@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _MAX_SIDE_PX = 32766
 """OpenCV's warp takes pictures below 2^15 a side."""
 _MAX_PIXELS = 1 << 27
