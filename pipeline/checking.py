@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from pipeline.digests import DigestMemory
+from models.hand_model import OPEN_HAND
 from pipeline.experiment import Experiment
 from stages.config import HamerNpzDataset
 from stages.ingest import source_files
 from storage.errors import InputError
-
-BUILT_IN_HAND = "open-hand"
 
 
 def check_inputs(experiment: Experiment, *, backbones: bool = True) -> None:
@@ -36,17 +33,17 @@ def _teacher_problems(experiment: Experiment) -> Iterator[str]:
     if not checkpoint.is_file():
         yield f"teacher.checkpoint: no file {checkpoint}; want HaMeR's Lightning checkpoint (hamer.ckpt)"
     elif not (config := checkpoint.parent.parent / "model_config.yaml").is_file():
-        yield f"teacher.checkpoint: no file {config}; HaMeR's model_config.yaml stands in the folder above the checkpoint's"
+        yield f"teacher.checkpoint: no file {config}; HaMeR's model_config.yaml stands above the checkpoint's folder"
     elif teacher.checkpoint_sha256 is not None:
-        found = DigestMemory(experiment.workdir.state / "digests.json").sha256(checkpoint)
+        found = experiment.digests.sha256(checkpoint)
         if found != teacher.checkpoint_sha256:
             yield (
                 f"teacher.checkpoint_sha256: {checkpoint} has sha256 {found}, the configuration wants "
                 f"{teacher.checkpoint_sha256}; bring the right file, or correct the digest"
             )
     hand = teacher.mano_model
-    if hand is not None and hand != BUILT_IN_HAND and not experiment.path(hand).is_file():
-        yield f"teacher.mano_model: no file {experiment.path(hand)}; want MANO_RIGHT.pkl, or {BUILT_IN_HAND}"
+    if hand is not None and hand != OPEN_HAND and not experiment.path(hand).is_file():
+        yield f"teacher.mano_model: no file {experiment.path(hand)}; want MANO_RIGHT.pkl, or {OPEN_HAND}"
 
 
 def _dataset_problems(experiment: Experiment) -> Iterator[str]:

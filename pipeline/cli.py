@@ -177,7 +177,7 @@ def _answer(arguments: argparse.Namespace, document: Any, text: Callable[[], str
 
 
 def _say(text: str, stream: Any = None) -> None:
-    print(text, file=stream or sys.stdout, flush=True)  # noqa: T201 - this is the command line's voice
+    print(text, file=stream or sys.stdout, flush=True)
 
 
 def _set_up_logging(verbose: bool) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.config import PipelineConfig, Role, resolve_path
+from pipeline.digests import DigestMemory
 from pipeline.loading import load_config
 from pipeline.workdir import Workdir, open_workdir
 from stages.config import DatasetConfig, HamerNpzDataset
@@ -23,6 +25,11 @@ class Experiment:
     workdir: Workdir
     limit: int | None = None
     rehash: bool = False
+
+    @cached_property
+    def digests(self) -> DigestMemory:
+        """Digests of checkpoints and other single files, read once a process at most."""
+        return DigestMemory(self.workdir.state / "digests.json", rehash=self.rehash)
 
     @property
     def datasets(self) -> Mapping[str, DatasetConfig]:

@@ -39,6 +39,8 @@ class IngestUnit:
 
 @dataclass(frozen=True)
 class Ingested:
+    """What a worker says of a source it scanned."""
+
     manifest: Path
     stamps: list[Stamp]
     rows: int

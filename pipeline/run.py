@@ -58,6 +58,7 @@ def run_all(experiment: Experiment, last: str | None = None) -> dict[str, StageR
         check_inputs(experiment)
     _check_cost(experiment, plans)
     with lease(experiment.workdir):
+        experiment.digests.save()
         append_event(experiment.workdir.events, "run_started", stages=[stage.name for stage in stages])
         try:
             return _run_stages(experiment, stages, plans)

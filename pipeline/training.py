@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.caches import CacheState, cache_state
-from pipeline.digests import DigestMemory, digest_of
+from pipeline.digests import digest_of
 from pipeline.events import EventTail, append_event
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
-from pipeline.workers import Resources, network_resources, ray_session, run_units
+from pipeline.workers import network_resources, ray_session, run_units
 from storage.durable import canonical_json, write_bytes_atomic
 from trainer.config import TRAINING_VERSION, StudentRecipe
 
@@ -51,6 +51,17 @@ class StudentState:
     def done(self) -> bool:
         return self.digest is not None and (self.folder / "result.json").is_file()
 
+    def tags(self) -> dict[str, str]:
+        """How MLflow and `compare` tell its run from others."""
+        return {
+            "handstill.kind": "student",
+            "handstill.student": self.name,
+            "handstill.seed": str(self.seed),
+            "handstill.strategy": self.recipe.distill.strategy,
+            "handstill.backbone": self.recipe.backbone,
+            "handstill.identity": self.digest or "",
+        }
+
     @property
     def trained_before(self) -> bool:
         """Whether some other version of this student was trained."""
@@ -59,10 +70,9 @@ class StudentState:
 
 def student_states(experiment: Experiment, cache: CacheState) -> list[StudentState]:
     """Every student of the matrix with its identity."""
-    memory = DigestMemory(experiment.workdir.state / "digests.json")
     states = []
     for name, recipe in experiment.recipes().items():
-        weights = None if recipe.weights is None else memory.sha256(experiment.path(recipe.weights))
+        weights = None if recipe.weights is None else experiment.digests.sha256(experiment.path(recipe.weights))
         for seed in experiment.config.train.seeds:
             identity = _identity(experiment, recipe, seed, cache, weights)
             parent = experiment.workdir.students / name / f"seed-{seed}"
@@ -134,7 +144,7 @@ class _Reporter:
     def on_validation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._tracker.metrics(self._run_id, {f"validation/{key}": value for key, value in metrics.items()}, step)
 
-    def on_pictures(self, step: int, path: Path) -> None:
+    def on_pictures(self, step: int, path: Path) -> None:  # noqa: ARG002 - the file's name says the step
         self._tracker.artifact(self._run_id, path, "pictures")
 
     def on_end(self, result: TrainResult) -> None:
@@ -184,15 +194,11 @@ def _train(experiment: Experiment, states: list[StudentState]) -> None:
             train_unit,
             units,
             cluster=config.cluster,
-            resources=_resources(),
+            resources=network_resources(),
             while_waiting=lambda: _follow(tail, steps, progress),
             fresh_process=True,
         ):
             _follow(tail, steps, progress)
-
-
-def _resources() -> Resources:
-    return network_resources()
 
 
 def _follow(tail: EventTail, steps: dict[str, int], progress: StageProgress) -> None:
@@ -234,19 +240,8 @@ def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent
         target=tracking_target(experiment.config.tracking, experiment.workdir),
         parent=parent,
         name=state.label,
-        tags=_tags(state),
+        tags=state.tags(),
         inputs=inputs,
         folder=folder,
     )
     return TrainUnit(job, run, state.label, experiment.workdir.events)
-
-
-def _tags(state: StudentState) -> dict[str, str]:
-    return {
-        "handstill.kind": "student",
-        "handstill.student": state.name,
-        "handstill.seed": str(state.seed),
-        "handstill.strategy": state.recipe.distill.strategy,
-        "handstill.backbone": state.recipe.backbone,
-        "handstill.identity": state.digest or "",
-    }

@@ -16,6 +16,8 @@ from pipeline.config import ClusterConfig
 from storage.errors import DamageError, InputError, WorkError
 
 Unit = TypeVar("Unit")
+log = logging.getLogger("handstill")
+
 POLL_S = 0.5
 OUR_ERRORS = (InputError, DamageError, WorkError)
 
@@ -26,6 +28,16 @@ class Resources:
 
     cpus: float = 1
     gpus: float = 0
+
+
+def network_resources() -> Resources:
+    """What training or scoring a network takes: a GPU where the cluster has one, else all cores of a node."""
+    import ray
+
+    available = ray.cluster_resources()
+    if available.get("GPU", 0) >= 1:
+        return Resources(cpus=1, gpus=1)
+    return Resources(cpus=max(1.0, available.get("CPU", 1.0) // max(len(ray.nodes()), 1)))
 
 
 @contextmanager
@@ -42,6 +54,8 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about future defaults
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # It says at every start that token authentication is on, which is how we want it.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     local = cluster.address == "local"
     # On one core a teacher actor and the decoding beside it would wait for each other for ever.
     where: dict[str, Any] = (
@@ -80,12 +94,9 @@ def run_units(
     """
     import ray
 
-    task = ray.remote(function).options(
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus,
-        max_retries=cluster.max_retries,
-        name=function.__name__,
-        max_calls=1 if fresh_process else 0,
+    once = {"max_calls": 1} if fresh_process else {}
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=cluster.max_retries, **once)(
+        function
     )
     waiting = list(units)
     running: dict[Any, Unit] = {}
@@ -113,6 +124,7 @@ def get(reference: Any) -> Any:
         cause = error.cause
         if isinstance(cause, OUR_ERRORS):
             raise cause from None
-        raise WorkError(f"a worker failed: {type(cause).__name__}: {cause}\n{error.traceback_str}") from error
+        log.debug("in a worker:\n%s", error)
+        raise WorkError(f"a worker failed: {type(cause).__name__}: {cause} (the traceback: -v)") from error
     except RayError as error:
         raise WorkError(f"workers died too often on one unit of work: {str(error).splitlines()[0]}") from error

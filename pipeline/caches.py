@@ -1,0 +1,194 @@
+"""The state of the caches: what their identity is, which shards they should hold, which of them are finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import yaml
+
+from models.hand_model import OPEN_HAND, OPEN_HAND_FILE
+from pipeline.config import Role
+from pipeline.experiment import Experiment
+from pipeline.manifests import ManifestIndex, tables_of
+from stages.ingest import without_repeated_ids
+from stages.preparation import TeachSettings
+from stages.teach import teach_identity
+from storage.cache import CacheFolder, fingerprint
+from storage.errors import DamageError, InputError
+from storage.ledger import ShardRecord
+from storage.manifest import ShardPlan, shards_of
+from storage.snapshots import build_snapshot, read_head, snapshot_digest
+from storage.verification import quick_check
+
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+"""A folder for each GPU that the driver knows; read because importing torch to ask takes seconds."""
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetShards:
+    """One data set as its manifests describe it."""
+
+    name: str
+    table: pa.Table
+    """All its rows, those of every scanned source; quarantined ones too."""
+    plans: tuple[ShardPlan, ...]
+    unscanned: int
+    """Source files whose manifest is not known yet."""
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """One role's cache: what it should hold and what it holds."""
+
+    role: Role
+    identity: Mapping[str, Any]
+    settings: TeachSettings
+    folder: CacheFolder
+    datasets: Mapping[str, DatasetShards]
+    records: Mapping[str, ShardRecord]
+    damaged: frozenset[str]
+    """Input hashes of finished shards whose files are not there, or not of the size they should have."""
+
+    @property
+    def root(self) -> Path:
+        return self.folder.root
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.identity)
+
+    def sound(self, input_hash: str) -> bool:
+        """Whether a shard is finished and undamaged."""
+        return input_hash in self.records and input_hash not in self.damaged
+
+    def todo(self, name: str) -> list[ShardPlan]:
+        """The shards of a data set that have to be computed."""
+        return [plan for plan in self.datasets[name].plans if not self.sound(plan.input_hash)]
+
+    def complete(self, name: str) -> bool:
+        """Whether everything of a data set is cached."""
+        return not self.datasets[name].unscanned and not self.todo(name)
+
+    @cached_property
+    def digests(self) -> dict[str, str | None]:
+        """The snapshot each data set should have; None where that is not known before the teacher has run."""
+        return {name: self._digest(name) if self.complete(name) else None for name in self.datasets}
+
+    def snapshot(self, name: str) -> pa.Table:
+        """The snapshot of a complete data set."""
+        shards = self.datasets[name]
+        return build_snapshot(shards.table, shards.plans, self.records)
+
+    def _digest(self, name: str) -> str:
+        return snapshot_digest(self.fingerprint, self.snapshot(name))
+
+    @cached_property
+    def head(self) -> dict[str, str]:
+        """The snapshots that the cache points at now."""
+        try:
+            return read_head(self.root)
+        except DamageError:
+            return {}  # it is written again at the end of the next run
+
+
+def resolved_precision(experiment: Experiment) -> Literal["fp32", "bf16"]:
+    """auto: bf16 where the teacher gets a GPU, fp32 where it runs on a CPU."""
+    teacher = experiment.config.teacher
+    if teacher.precision != "auto":
+        return teacher.precision
+    return "bf16" if teacher_gpus(experiment) > 0 else "fp32"
+
+
+def teacher_gpus(experiment: Experiment) -> float:
+    """GPUs that one teacher takes; auto: one where there is one."""
+    asked = experiment.config.teacher.workers.gpus
+    if asked != "auto":
+        return asked
+    if experiment.config.cluster.address == "local":
+        return 1.0 if NVIDIA_GPUS.is_dir() and any(NVIDIA_GPUS.iterdir()) else 0.0
+    from pipeline.workers import ray_session
+
+    with ray_session(experiment.config.cluster):
+        import ray
+
+        return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def cache_identity(experiment: Experiment, role: Role) -> dict[str, Any]:
+    """What decides the answers that a role's cache holds."""
+    teacher = experiment.config.teacher
+    checkpoint = experiment.path(teacher.checkpoint)
+    checkpoint_sha256 = experiment.digests.sha256(checkpoint)
+    hand = hand_model_source(experiment)
+    return teach_identity(
+        settings=_settings(experiment, role),
+        checkpoint_sha256=checkpoint_sha256,
+        model_config=_model_config(checkpoint.parent.parent / "model_config.yaml"),
+        hand_model_sha256=checkpoint_sha256 if hand is None else experiment.digests.sha256(hand),
+        precision=resolved_precision(experiment),
+        strict_numerics=_strict_numerics(experiment),
+    )
+
+
+def hand_model_source(experiment: Experiment) -> Path | None:
+    """The hand model's file; None: the checkpoint's own."""
+    name = experiment.config.teacher.mano_model
+    if name is None:
+        return None
+    return OPEN_HAND_FILE if name == OPEN_HAND else experiment.path(name)
+
+
+def _settings(experiment: Experiment, role: Role) -> TeachSettings:
+    config = experiment.config
+    return TeachSettings.of(role, config.cache, config.teacher.batch_size, config.seed)
+
+
+def _model_config(path: Path) -> dict[str, Any]:
+    """The parts of model_config.yaml that shape the network; the rest may change without a new cache."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        model = {key: value for key, value in document["MODEL"].items() if key != "BACKBONE"}
+        backbone = {key: value for key, value in document["MODEL"]["BACKBONE"].items() if key != "PRETRAINED_WEIGHTS"}
+        return {"MODEL": model | {"BACKBONE": backbone}, "FOCAL_LENGTH": document["EXTRA"]["FOCAL_LENGTH"]}
+    except OSError as error:
+        raise InputError(f"teacher.checkpoint: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: want HaMeR's model_config.yaml with MODEL.BACKBONE and EXTRA.FOCAL_LENGTH; {error!r}"
+        ) from None
+
+
+def cache_state(experiment: Experiment, role: Role) -> CacheState:
+    """Compare what a role's cache should hold with its ledger."""
+    index = ManifestIndex(experiment)
+    identity = cache_identity(experiment, role)
+    folder = CacheFolder(experiment.workdir.caches / fingerprint(identity))
+    records = folder.finished() if folder.ledger_dir.is_dir() else {}
+    datasets = {name: _dataset_shards(experiment, role, name, index) for name in experiment.config.datasets_of(role)}
+    wanted = {plan.input_hash for shards in datasets.values() for plan in shards.plans} & records.keys()
+    damaged = frozenset(item for item in wanted if quick_check(folder, records[item]))
+    return CacheState(role, identity, _settings(experiment, role), folder, datasets, records, damaged)
+
+
+def _strict_numerics(experiment: Experiment) -> Mapping[str, Any] | None:
+    if not experiment.config.cache.strict_numerics:
+        return None
+    import torch
+
+    return {"device": "cuda" if teacher_gpus(experiment) else "cpu", "torch": torch.__version__}
+
+
+def _dataset_shards(experiment: Experiment, role: Role, name: str, index: ManifestIndex) -> DatasetShards:
+    found = list(tables_of(experiment, name, experiment.datasets[name], index))
+    tables = without_repeated_ids([table for _, table in found if table is not None])
+    unscanned = sum(1 for _, table in found if table is None)
+    if not tables:
+        return DatasetShards(name, pa.table({}), (), unscanned)
+    table = pa.concat_tables(tables)
+    plans = shards_of(table, role, experiment.config.cache.samples_per_shard)
+    return DatasetShards(name, table, tuple(plans), unscanned)

@@ -1,0 +1,156 @@
+"""`handstill show`: what an output holds, for a person who has only its path or the name of the stage that made it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.experiment import Experiment, open_experiment
+from pipeline.tables import human_bytes, table
+from storage.cache import CacheFolder
+from storage.errors import InputError
+from storage.snapshots import read_head, read_info, snapshot_path
+
+
+def show(config: Path, what: str) -> dict[str, Any]:
+    """What stands at a path, or in the places that a stage writes to.
+
+    Raises:
+        InputError: there is no such stage, or nothing that we wrote at that path.
+    """
+    path = Path(what)
+    if path.exists():
+        return _show_path(path)
+    places = {
+        "ingest": lambda work: work.manifests,
+        "teach": lambda work: work.caches,
+        "train": lambda work: work.students,
+        "evaluate": lambda work: work.evaluations,
+        "compare": lambda work: work.report,
+    }
+    if what not in places:
+        raise InputError(f"show: found {what!r}; want a path that exists, or one of {', '.join(places)}")
+    experiment: Experiment = open_experiment(config)
+    folder = places[what](experiment.workdir)
+    if not folder.is_dir():
+        raise InputError(f"show {what}: nothing is there yet; run `handstill run {what}`")
+    return {"kind": "stage", "path": str(folder), "outputs": [_brief(item) for item in _outputs(what, folder)]}
+
+
+def _outputs(stage: str, folder: Path) -> list[Path]:
+    patterns = {"ingest": "*/*.parquet", "teach": "*/cache.json", "train": "*/*/*/result.json"}
+    found = sorted(folder.glob(patterns.get(stage, "*")))
+    return [path.parent if path.suffix == ".json" and stage in ("teach", "train") else path for path in found]
+
+
+def _brief(path: Path) -> dict[str, Any]:
+    if (path / "cache.json").is_file() or path.suffix == ".parquet":
+        return _show_path(path)
+    return {"path": str(path), "bytes": _bytes(path)}
+
+
+def _show_path(path: Path) -> dict[str, Any]:
+    if (path / "zarr.json").is_file():
+        return _show_zarr(path)
+    if (path / "cache.json").is_file():
+        return _show_cache(path)
+    if path.suffix == ".parquet":
+        return _show_parquet(path)
+    if path.suffix == ".json":
+        return {"kind": "json", "path": str(path), "content": json.loads(path.read_text(encoding="utf-8"))}
+    if (path / "result.json").is_file():
+        content = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        return {"kind": "student", "path": str(path), "content": content}
+    raise InputError(f"show: {path} is none of a shard (.zarr), a cache folder, a table (.parquet), a student's folder")
+
+
+def _show_zarr(path: Path) -> dict[str, Any]:
+    import zarr
+
+    node = zarr.open(store=path, mode="r")
+    if isinstance(node, zarr.Array):
+        return {"kind": "array", "path": str(path), "arrays": [_array("", node)]}
+    arrays = [_array(name, member) for name, member in node.members(max_depth=None) if isinstance(member, zarr.Array)]
+    return {
+        "kind": "shard",
+        "path": str(path),
+        "attributes": dict(node.attrs),
+        "arrays": sorted(arrays, key=lambda item: str(item["name"])),
+    }
+
+
+def _array(name: str, array: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "shape": list(array.shape),
+        "dtype": str(array.dtype),
+        "dimensions": list(array.metadata.dimension_names or []),
+        **{key: value for key, value in array.attrs.items() if isinstance(value, str)},
+    }
+
+
+def _show_cache(path: Path) -> dict[str, Any]:
+    folder = CacheFolder(path)
+    records = folder.finished()
+    snapshots = {
+        name: {"digest": digest, "cached": info.cached, "quarantined": info.quarantined}
+        for name, digest in read_head(path).items()
+        for info in [read_info(snapshot_path(path, digest))]
+    }
+    return {
+        "kind": "cache",
+        "path": str(path),
+        "identity": folder.identity,
+        "shards": len(records),
+        "rows": sum(record.rows for record in records.values()),
+        "bytes": sum(record.bytes for record in records.values()),
+        "snapshots": snapshots,
+    }
+
+
+def _show_parquet(path: Path) -> dict[str, Any]:
+    file = pq.ParquetFile(path)
+    reasons = pq.read_table(path, columns=["reason"]).column("reason") if "reason" in file.schema_arrow.names else None
+    return {
+        "kind": "table",
+        "path": str(path),
+        "rows": file.metadata.num_rows,
+        "quarantined": None if reasons is None else len(reasons) - reasons.null_count,
+        "columns": {field.name: str(field.type) for field in file.schema_arrow},
+    }
+
+
+def _bytes(path: Path) -> int:
+    files = [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]
+    return sum(item.stat().st_size for item in files)
+
+
+def show_text(document: Mapping[str, Any]) -> str:
+    """The same for a person."""
+    lines = [f"{document['kind']}: {document['path']}"]
+    for key, value in document.items():
+        if key in ("kind", "path"):
+            continue
+        if key == "arrays":
+            rows = [
+                [a["name"], "x".join(map(str, a["shape"])), a["dtype"], " ".join(a["dimensions"]), a.get("unit", "")]
+                for a in value
+            ]
+            lines.append(table(["array", "shape", "dtype", "dimensions", "unit"], rows))
+        elif key == "outputs":
+            lines += [_brief_line(item) for item in value]
+        elif key == "bytes":
+            lines.append(f"bytes: {human_bytes(value)}")
+        else:
+            lines.append(f"{key}: {json.dumps(value, indent=2) if isinstance(value, dict) else value}")
+    return "\n".join(lines)
+
+
+def _brief_line(item: Mapping[str, Any]) -> str:
+    facts = {key: item[key] for key in ("rows", "quarantined", "shards") if item.get(key) is not None}
+    size = f", {human_bytes(item['bytes'])}" if "bytes" in item else ""
+    return f"  {item['path']}: " + ", ".join(f"{value} {key}" for key, value in facts.items()) + size

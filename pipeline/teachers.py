@@ -1,0 +1,210 @@
+"""Teacher actors on Ray: one model load each, shards handed out as they finish, a dead actor's shards given to another.
+
+An actor starts the decoding of its shard as a streaming task on another core, and that of its next shard too, so that
+it never waits between shards. Backpressure bounds what is decoded ahead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.config import ClusterConfig
+from pipeline.events import append_event
+from pipeline.workers import POLL_S, get
+from stages.config import WorkersConfig
+from stages.preparation import PreparedBatch, ShardJob, prepared_batches
+from storage.errors import WorkError
+from storage.ledger import ShardRecord
+
+BATCHES_AHEAD = 3
+"""Decoded batches that wait for an actor, a shard: enough to hide a slow picture, little memory (12.6 MB at 64)."""
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """What an actor needs to load the teacher; picklable."""
+
+    checkpoint: Path
+    mano_model: str | None
+    precision: Literal["fp32", "bf16"]
+    gpus: float
+    events: Path
+    threads: int | None = None
+    """CPU threads of the forward pass; None: torch's own choice."""
+
+
+class TeacherActor:
+    """Holds a loaded teacher (wrapped by `ray.remote`)."""
+
+    def __init__(self, settings: TeacherSettings) -> None:
+        import torch
+
+        from models.teacher import load_teacher
+        from stages.teach import numerics, teacher_forward
+
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        device = "cuda" if settings.gpus else "cpu"
+        append_event(settings.events, "teacher_loading", device=device)
+        teacher = load_teacher(settings.checkpoint, settings.mano_model, device, settings.precision)
+        self._forward = teacher_forward(teacher, device)
+        self._provenance = numerics(device)
+        self._events = settings.events
+        self._started: dict[str, Any] = {}
+
+    def teach(self, job: ShardJob, following: ShardJob | None) -> ShardRecord:
+        """Teach one shard; begin to decode the following one."""
+        import torch
+
+        from stages.teach import teach_shard
+
+        self._start(job)
+        if following is not None:
+            self._start(following)
+        try:
+            return teach_shard(job, self._batches(job), self._forward, self._provenance)
+        except torch.OutOfMemoryError as error:
+            raise WorkError(
+                f"the teacher ran out of GPU memory at batch size {job.settings.batch_size}: set teacher.batch_size "
+                f"lower (it is part of the cache's identity, so a new cache begins). {str(error).splitlines()[0]}"
+            ) from None
+        finally:
+            self._started.pop(job.input_hash, None)
+
+    def _start(self, job: ShardJob) -> None:
+        import ray
+
+        if job.input_hash not in self._started:
+            decode = ray.remote(prepared_batches).options(
+                num_cpus=1, num_returns="streaming", _generator_backpressure_num_objects=BATCHES_AHEAD
+            )
+            self._started[job.input_hash] = decode.remote(job)
+
+    def _batches(self, job: ShardJob) -> Iterator[PreparedBatch]:
+        for reference in self._started[job.input_hash]:
+            batch: PreparedBatch = get(reference)
+            yield batch
+            append_event(self._events, "teach_batch", unit=job.input_hash, views=len(batch.views))
+
+
+@dataclass
+class _Desk:
+    """One actor and the shards it was given."""
+
+    actor: Any
+    current: ShardJob
+    following: ShardJob | None
+    reference: Any = None
+
+    def begin(self) -> None:
+        self.reference = self.actor.teach.remote(self.current, self.following)
+
+
+@dataclass
+class _Office:
+    """Hands out shards to actors until none is left."""
+
+    waiting: deque[ShardJob]
+    settings: TeacherSettings
+    options: dict[str, Any]
+    max_retries: int
+    desks: list[_Desk] = field(default_factory=list)
+    deaths: Counter[str] = field(default_factory=Counter)
+
+    def hire(self) -> None:
+        import ray
+
+        current = self.waiting.popleft()
+        following = self.waiting.popleft() if self.waiting else None
+        actor = ray.remote(TeacherActor).options(**self.options).remote(self.settings)
+        desk = _Desk(actor, current, following)
+        desk.begin()
+        self.desks.append(desk)
+
+    def finished(self, desk: _Desk) -> None:
+        """Go on with the desk's next shard, or close the desk."""
+        if desk.following is None and not self.waiting:
+            self.desks.remove(desk)
+            return
+        desk.current = desk.following if desk.following is not None else self.waiting.popleft()
+        desk.following = self.waiting.popleft() if self.waiting else None
+        desk.begin()
+
+    def died(self, desk: _Desk, why: str) -> None:
+        """Give a dead actor's shards back and hire another.
+
+        Raises:
+            WorkError: the same shard's actors died more often than allowed.
+        """
+        self.desks.remove(desk)
+        append_event(self.settings.events, "teacher_died", unit=desk.current.input_hash, why=why[:500])
+        self.deaths[desk.current.input_hash] += 1
+        if self.deaths[desk.current.input_hash] > self.max_retries:
+            raise WorkError(
+                f"teachers died {self.deaths[desk.current.input_hash]} times on one shard of {desk.current.dataset} "
+                f"({desk.current.input_hash[:16]}): {why}. If memory ran out, set teacher.batch_size lower."
+            )
+        self.waiting.extendleft(job for job in (desk.following, desk.current) if job is not None)
+        self.hire()
+
+
+def teach_all(
+    jobs: list[ShardJob],
+    settings: TeacherSettings,
+    workers: WorkersConfig,
+    cluster: ClusterConfig,
+    while_waiting: Callable[[], None],
+) -> None:
+    """Teach every job.
+
+    Raises:
+        InputError: the checkpoint or a source cannot be used.
+        WorkError: actors died too often, or the work failed in one.
+    """
+    import ray
+    from ray.exceptions import RayActorError
+
+    count, cpus, threads = staffing(workers, settings.gpus, ray.cluster_resources(), len(ray.nodes()))
+    settings = TeacherSettings(**{**settings.__dict__, "threads": threads})
+    options = {"num_cpus": cpus, "num_gpus": settings.gpus, "max_restarts": 0}
+    office = _Office(deque(jobs), settings, options, cluster.max_retries)
+    for _ in range(count):
+        if office.waiting:
+            office.hire()
+    while office.desks:
+        ready, _ = ray.wait([desk.reference for desk in office.desks], num_returns=1, timeout=POLL_S)
+        while_waiting()
+        for desk in [desk for desk in office.desks if desk.reference in ready]:
+            try:
+                get(desk.reference)
+            except WorkError as error:
+                if not isinstance(error.__cause__, RayActorError):
+                    raise
+                office.died(desk, str(error.__cause__).splitlines()[0])
+            else:
+                office.finished(desk)
+
+
+def staffing(
+    workers: WorkersConfig, gpus: float, resources: dict[str, float], nodes: int
+) -> tuple[int, float, int | None]:
+    """(actors, CPUs that each reserves, its threads). auto: an actor a GPU; without GPUs an actor a node.
+
+    A teacher on the CPU reserves all cores of its node but one, which is left for decoding, though it may compute on
+    all of them: decoding takes a small share of one.
+    """
+    cores = resources.get("CPU", 1.0) / max(nodes, 1)
+    if gpus:
+        count = int(resources.get("GPU", 0) // gpus) if workers.count == "auto" else workers.count
+        return max(count, 1), 1.0 if workers.cpus == "auto" else workers.cpus, None
+    count = nodes if workers.count == "auto" else workers.count
+    on_a_node = -(-count // max(nodes, 1))
+    reserved = max(1.0, (cores - 1) // on_a_node) if workers.cpus == "auto" else workers.cpus
+    available = len(os.sched_getaffinity(0))
+    threads = max(1, available // on_a_node) if workers.cpus == "auto" else max(1, int(workers.cpus))
+    return max(count, 1), reserved, threads

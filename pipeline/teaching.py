@@ -1,0 +1,199 @@
+"""The teach stage: every shard that a cache lacks, computed once by a teacher actor while other cores decode ahead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pipeline.caches import CacheState, cache_state, hand_model_source, resolved_precision, teacher_gpus
+from pipeline.config import Role
+from pipeline.events import EventTail
+from pipeline.experiment import Experiment
+from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
+from pipeline.progress import StageProgress
+from pipeline.teachers import TeacherSettings, teach_all
+from pipeline.workers import ray_session
+from stages.preparation import ShardJob
+from storage.cache import HAND_MODEL, CacheFolder
+from storage.encodings import grid_shape
+from storage.errors import DamageError, InputError
+from storage.manifest import ShardPlan
+from storage.snapshots import publish_snapshot, read_head, write_head
+
+ROLES: tuple[Role, ...] = ("train", "evaluate")
+PASSES_PER_GPU_SECOND = 1600.0
+"""ViT-H on one H200 in bf16 (FACTS: about what one can eat); other sizes are scaled by their matrix products."""
+VIT_H = (1280, 32)
+"""Width and depth that the rate above is for."""
+PICTURE_BYTES = {"jpeg": 14_000, "png": 110_000}
+"""A 256x256 crop at quality 95, and lossless; measured on the real hands."""
+OUTPUT_BYTES = 2_400
+"""Outputs, moved labels and view parameters of one view."""
+
+
+def plan_teach(experiment: Experiment) -> StagePlan:
+    """Which shards the caches lack, and why."""
+    return _plan_of([cache_state(experiment, role) for role in ROLES])
+
+
+def _plan_of(states: list[CacheState]) -> StagePlan:
+    jobs = [(state, name, plan) for state in states for name in state.datasets for plan in state.todo(name)]
+    reasons = [_reason(state, name, plan) for state, name, plan in jobs]
+    unscanned = sum(shards.unscanned for state in states for shards in state.datasets.values())
+    removed = sum(_removed(state, name) for state in states for name in state.datasets)
+    passes = sum(plan.n_samples * state.settings.views for state, _, plan in jobs)
+    counts = count_reasons([*reasons, *(["new"] * unscanned)])
+    why = {f"{reason}: {name} ({state.role})": None for (state, name, _), reason in zip(jobs, reasons, strict=True)}
+    return StagePlan(
+        # A source that was never scanned counts as one shard: how many it holds is not known before.
+        total=sum(len(shards.plans) for state in states for shards in state.datasets.values()) + unscanned,
+        todo=len(jobs) + unscanned,
+        unit="shards",
+        reasons=counts | ({"removed": removed} if removed else {}),
+        bytes=sum(plan.n_samples * state.settings.views * _bytes_a_view(state) for state, _, plan in jobs),
+        teacher_passes=passes,
+        gpu_hours=passes / _passes_per_second(states[0]) / 3600,
+        why=(*_counted(why, jobs, reasons), *([f"new: {unscanned} source files not scanned yet"] * bool(unscanned))),
+        units=tuple(states),
+        estimated=unscanned > 0,
+    )
+
+
+def _counted(why: Mapping[str, None], jobs: list[Any], reasons: list[Reason]) -> list[str]:
+    lines = [f"{reason}: {name} ({state.role})" for (state, name, _), reason in zip(jobs, reasons, strict=True)]
+    return [f"{line}, {lines.count(line)} shards" for line in why]
+
+
+def _reason(state: CacheState, name: str, plan: ShardPlan) -> Reason:
+    if plan.input_hash in state.damaged or state.folder.shard_path(plan.input_hash).exists():
+        return "damaged"
+    if name in state.head or _other_cache_has(state, name):
+        return "changed"
+    return "new"
+
+
+def _other_cache_has(state: CacheState, name: str) -> bool:
+    """Whether the data set was cached under another identity: then teacher or settings changed."""
+    for path in state.root.parent.glob("*/cache.json"):
+        folder = CacheFolder(path.parent)
+        try:
+            if folder.identity["role"] == state.role and name in read_head(folder.root):
+                return True
+        except (DamageError, InputError):
+            continue
+    return False
+
+
+def _removed(state: CacheState, name: str) -> int:
+    """1 where all that is left to do for a data set is to forget samples that are gone."""
+    digest = state.digests[name]
+    return int(digest is not None and state.head.get(name) not in (None, digest))
+
+
+def _bytes_a_view(state: CacheState) -> int:
+    width = int(state.identity["teacher"]["model_config"]["MODEL"]["BACKBONE"].get("EMBED_DIM", VIT_H[0]))
+    rows, columns = grid_shape(state.settings.features.grid, (16, 12))
+    token = {"float16": 2 * width, "int8": width + 4}[state.settings.features.encoding]  # int8: and a float32 scale
+    features = rows * columns * token
+    return features + PICTURE_BYTES[state.settings.pictures.codec] + OUTPUT_BYTES
+
+
+def _passes_per_second(state: CacheState) -> float:
+    backbone = state.identity["teacher"]["model_config"]["MODEL"]["BACKBONE"]
+    width, depth = int(backbone.get("EMBED_DIM", VIT_H[0])), int(backbone.get("DEPTH", VIT_H[1]))
+    return PASSES_PER_GPU_SECOND * (VIT_H[0] ** 2 * VIT_H[1]) / (width**2 * depth)
+
+
+def run_teach(experiment: Experiment, plan: StagePlan) -> StageResult:
+    """Compute what the plan names, publish the snapshots, and count what every data set has."""
+    started = time.monotonic()
+    states: list[CacheState] = list(plan.units)
+    assert not plan.estimated, "teach runs after ingest"
+    for state in states:
+        _make_ready(experiment, state)
+    if plan.todo:
+        states = [cache_state(experiment, state.role) for state in states]  # adopted shards are not to be done again
+        _teach(experiment, states)
+        states = [cache_state(experiment, state.role) for state in states]
+    samples = quarantined = 0
+    for state in states:
+        _publish(state)
+        for name in state.datasets:
+            table = state.snapshot(name)
+            samples += len(table)
+            quarantined += len(table) - table["reason"].null_count
+    seconds = time.monotonic() - started
+    return StageResult(plan.todo, plan.total - plan.todo, samples, samples - quarantined, quarantined, seconds)
+
+
+def _make_ready(experiment: Experiment, state: CacheState) -> None:
+    """The cache's folder with its small files; leftovers of killed runs removed, whole shards of theirs adopted."""
+    if not state.folder.intact({HAND_MODEL}):
+        data = _hand_model_bytes(experiment)
+        CacheFolder.create(experiment.workdir.caches, state.identity, {HAND_MODEL: data})
+    state.folder.sweep_temporary()
+    for input_hash in state.damaged:
+        state.folder.discard(input_hash)
+    state.folder.adopt()
+
+
+def _hand_model_bytes(experiment: Experiment) -> bytes:
+    """The hand model that decodes the cached poses, as the cache stores it."""
+    from models.hand_model import hand_model_bytes
+    from models.teacher import teacher_hand_model
+
+    checkpoint = experiment.path(experiment.config.teacher.checkpoint)
+    return hand_model_bytes(teacher_hand_model(checkpoint, hand_model_source(experiment)))
+
+
+def _teach(experiment: Experiment, states: list[CacheState]) -> None:
+    jobs = [job for state in states for job in _jobs(experiment, state)]
+    if not jobs:
+        return
+    tail = EventTail(experiment.workdir.events)
+    views = sum(job.rows.num_rows * job.settings.views for job in jobs)
+
+    def follow() -> None:
+        for event in tail.new():
+            progress.advance(event.get("views", 0) if event["event"] == "teach_batch" else 0)
+        progress.advance(0)
+
+    experiment.workdir.events.parent.mkdir(parents=True, exist_ok=True)
+    with ray_session(experiment.config.cluster), StageProgress("teach", views, "views") as progress:
+        teach_all(jobs, _settings(experiment), experiment.config.teacher.workers, experiment.config.cluster, follow)
+        follow()
+
+
+def _jobs(experiment: Experiment, state: CacheState) -> Iterator[ShardJob]:
+    for name, shards in state.datasets.items():
+        for plan in state.todo(name):
+            yield ShardJob(
+                dataset=name,
+                input_hash=plan.input_hash,
+                rows=shards.table.take(plan.rows),
+                settings=state.settings,
+                cache_root=state.root,
+                base=experiment.base,
+                events=experiment.workdir.events,
+            )
+
+
+def _settings(experiment: Experiment) -> TeacherSettings:
+    teacher = experiment.config.teacher
+    hand = hand_model_source(experiment)
+    return TeacherSettings(
+        checkpoint=experiment.path(teacher.checkpoint),
+        mano_model=None if hand is None else str(hand),
+        precision=resolved_precision(experiment),
+        gpus=teacher_gpus(experiment),
+        events=experiment.workdir.events,
+    )
+
+
+def _publish(state: CacheState) -> None:
+    """Write the snapshots and point at them; what stands already stays as it is."""
+    root = state.root
+    head = {name: publish_snapshot(root, state.fingerprint, name, state.snapshot(name)) for name in state.datasets}
+    if {name: state.head.get(name) for name in head} != head:
+        write_head(root, state.head | head)
