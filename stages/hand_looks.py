@@ -174,22 +174,18 @@ def _nail(rest: Floats, normals: Floats, joint: Floats, tip: Floats, back: Float
 
 def _arm_rings(rim: Floats, arm: Arm) -> Floats:
     """(rings, rim, 3): the wrist's rim moved up the arm, which bends at the wrist and widens."""
+    steps = np.arange(_ARM_RINGS)
+    distance = steps * _ARM_LENGTH_M / (_ARM_RINGS - 1)
+    bent = np.minimum(1.0, steps / 4)[:, None]  # the bend is over within four rings, six centimetres
+    # Fingers along -x and palm towards -y: the arm turns against the hand about y and z.
+    turns = rotation_matrices(bent * [0.0, -arm.deviation_rad, 0.0])
+    turns = turns @ rotation_matrices(bent * [0.0, 0.0, -arm.flexion_rad])
     middle = rim.mean(axis=0)
-    rings = [rim]
-    at = middle.copy()
-    step = _ARM_LENGTH_M / (_ARM_RINGS - 1)
-    for number in range(1, _ARM_RINGS):
-        share = min(1.0, number / 4)  # the bend is over within four rings, six centimetres
-        # Fingers along -x and palm towards -y: the arm turns against the hand about z and y.
-        turn = rotation_matrices(np.array([0.0, -arm.deviation_rad, 0.0]) * share)
-        turn = turn @ rotation_matrices(np.array([0.0, 0.0, -arm.flexion_rad]) * share)
-        at = at + turn @ np.array([step, 0.0, 0.0])
-        distance = number * step
-        width = 1 + 0.6 * min(1.0, distance / 0.22)
-        flat = rim - middle
-        flat = flat - flat[:, :1] * np.array([1.0, 0.0, 0.0]) * share  # the rim is slanted, the arm's sections are not
-        rings.append(at + (flat * width) @ turn.T)
-    return np.stack(rings)
+    middles = middle + np.cumsum(turns[:, :, 0] * np.diff(distance, prepend=0)[:, None], axis=0)
+    width = 1 + 0.6 * np.minimum(1.0, distance / 0.22)
+    sections = (rim - middle) * width[:, None, None]
+    sections[..., 0] *= 1 - bent  # the rim is slanted, the arm's sections are not
+    return np.asarray(middles[:, None] + np.einsum("rab,rkb->rka", turns, sections))
 
 
 def _tube(rings: Floats, albedo: Floats, gloss: float, softness: float) -> Mesh:

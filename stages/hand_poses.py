@@ -108,20 +108,24 @@ def rest_axes(hand: HandModel) -> JointAxes:
 def pose_rotations(angles_deg: Floats, axes: JointAxes) -> Floats:
     """Rotation matrices (15, 3, 3) of joints 1..15 for a pose of 21 angles."""
     angles = np.radians(angles_deg)
-    rotations = np.zeros((15, 3, 3))
+    flexions, spreads = np.zeros(15), np.zeros(15)
     for number, finger in enumerate(FINGERS):
-        mcp, pip, dip, spread = angles[4 * number : 4 * number + 4]
         joint = BASE_JOINTS[finger] - 1
-        swing = rotation_matrices(_SPREAD_SIGN[finger] * spread * axes.abduction[joint])
-        rotations[joint] = swing @ rotation_matrices(mcp * axes.flexion[joint])
-        rotations[joint + 1] = rotation_matrices(pip * axes.flexion[joint + 1])
-        rotations[joint + 2] = rotation_matrices(dip * axes.flexion[joint + 2])
+        flexions[joint : joint + 3] = angles[4 * number : 4 * number + 3]
+        spreads[joint] = _SPREAD_SIGN[finger] * angles[4 * number + 3]
     cmc_flexion, palmar, pronation, mcp, ip = angles[16:]
-    lift = rotation_matrices(palmar * axes.thumb_palmar) @ rotation_matrices(cmc_flexion * axes.flexion[12])
-    rotations[12] = lift @ rotation_matrices(pronation * axes.twist[12])
-    rotations[13] = rotation_matrices(mcp * axes.flexion[13])
-    rotations[14] = rotation_matrices(ip * axes.flexion[14])
-    return rotations
+    flexions[12:] = cmc_flexion, mcp, ip
+    vectors = np.concatenate(
+        [
+            flexions[:, None] * axes.flexion,
+            spreads[:, None] * axes.abduction,
+            [palmar * axes.thumb_palmar, pronation * axes.twist[12]],
+        ]
+    )
+    turns = rotation_matrices(vectors)
+    rotations = turns[15:30] @ turns[:15]
+    rotations[12] = turns[30] @ rotations[12] @ turns[31]
+    return np.asarray(rotations)
 
 
 def within_limits(angles_deg: Floats) -> Floats:

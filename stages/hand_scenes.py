@@ -151,7 +151,7 @@ def _photograph(rng: np.random.Generator, mesh: Mesh, camera: Camera) -> Floats3
     cast = 1 + rng.normal(0, 0.05, 3)
     contrast, noise = rng.uniform(0.85, 1.15), rng.gamma(1.5, 0.008)
     picture = ((picture - 0.45) * contrast + 0.45) * cast * rng.uniform(0.85, 1.12)
-    picture = picture + rng.normal(0, noise, picture.shape)
+    picture = picture.astype(np.float32) + np.float32(noise) * rng.standard_normal(picture.shape, dtype=np.float32)
     if rng.random() < 0.06:
         picture = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
     return np.clip(picture, 0, 1).astype(np.float32)

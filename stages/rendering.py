@@ -8,7 +8,9 @@ red, green and blue, until `to_srgb`. One thread, no GPU, no display.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import cv2
 import numpy as np
 from embreex.mesh_construction import TriangleMesh
 from embreex.rtcore_scene import EmbreeScene
@@ -17,9 +19,12 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Floats32 = NDArray[np.float32]
 
-SAMPLES = 2
-"""Rays along each side of a pixel: 2 x 2 of them make its edges smooth."""
-_OCCLUSION_RAYS = 10
+_WITHIN_PIXEL = [(-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125)]
+"""Where four more rays go in a pixel that lies on an edge: a turned square, so that no edge meets two at once."""
+_EDGE = 0.12
+"""Difference of neighbouring colours or coverages, of 1, that makes an edge."""
+_NEIGHBOURS = np.ones((3, 3), dtype=np.uint8)
+_OCCLUSION_RAYS = 8
 _OCCLUSION_REACH_M = 0.06
 _SKIN_OFFSET_M = 5e-4
 """Shadow rays start this far off the surface, or they would hit the triangle they start from."""
@@ -92,18 +97,17 @@ def render(mesh: Mesh, camera: Camera, lighting: Lighting) -> tuple[Floats32, Fl
     """The mesh seen by the camera: sRGB (h, w, 3) in [0, 1], multiplied by its coverage of each pixel (h, w, 1)."""
     scene = EmbreeScene()
     TriangleMesh(scene, mesh.vertices.astype(np.float32), mesh.faces)
-    light = _light_at_vertices(scene, mesh, lighting)
-    picture = np.zeros((camera.height_px, camera.width_px, 3), dtype=np.float32)
-    coverage = np.zeros((camera.height_px, camera.width_px, 1), dtype=np.float32)
+    layers = np.zeros((camera.height_px, camera.width_px, 4), dtype=np.float32)
     left, top, right, bottom = _window(mesh, camera)
-    if left >= right or top >= bottom:
-        return picture, coverage
-    directions = _pixel_rays(camera, left, top, right, bottom)
-    colours, hit = _trace(scene, mesh, light, lighting, directions)
-    blocks = (bottom - top, SAMPLES, right - left, SAMPLES, -1)
-    picture[top:bottom, left:right] = colours.reshape(blocks).mean(axis=(1, 3))
-    coverage[top:bottom, left:right] = hit.reshape(blocks).mean(axis=(1, 3))
-    return picture, coverage
+    if left < right and top < bottom:
+        surface = _Surface(scene, mesh, _light_at_vertices(scene, mesh, lighting), lighting)
+        rows, columns = (grid.reshape(-1) for grid in np.mgrid[top:bottom, left:right])
+        window = surface.seen(_rays(camera, columns, rows)).reshape(bottom - top, right - left, 4)
+        rough = np.flatnonzero(_edges(window))
+        finer = [surface.seen(_rays(camera, columns[rough] + x, rows[rough] + y)) for x, y in _WITHIN_PIXEL]
+        window.reshape(-1, 4)[rough] = np.mean(finer, axis=0)
+        layers[top:bottom, left:right] = window
+    return layers[..., :3], layers[..., 3:]
 
 
 def to_srgb(linear: NDArray[np.floating]) -> Floats32:
@@ -162,40 +166,48 @@ def _window(mesh: Mesh, camera: Camera) -> tuple[int, int, int, int]:
     return int(left), int(top), int(right), int(bottom)
 
 
-def _pixel_rays(camera: Camera, left: int, top: int, right: int, bottom: int) -> Floats32:
-    """(rows * SAMPLES * columns * SAMPLES, 3) directions with z = 1, row by row of samples."""
-    inside = (np.arange(SAMPLES) + 0.5) / SAMPLES - 0.5
-    x = (np.arange(left, right)[:, None] + inside).reshape(-1) - camera.centre_px[0]
-    y = (np.arange(top, bottom)[:, None] + inside).reshape(-1) - camera.centre_px[1]
-    directions = np.ones((len(y), len(x), 3), dtype=np.float32)
-    directions[..., 0] = x / camera.focal_px
-    directions[..., 1] = y[:, None] / camera.focal_px
-    return directions.reshape(-1, 3)
+def _rays(camera: Camera, columns: NDArray[Any], rows: NDArray[Any]) -> Floats32:
+    """(r, 3) directions, z = 1, through the points of the picture at these columns and rows (r,)."""
+    x, y = camera.centre_px
+    directions = np.ones((len(columns), 3), dtype=np.float32)
+    directions[:, 0] = (columns - x) / camera.focal_px
+    directions[:, 1] = (rows - y) / camera.focal_px
+    return directions
 
 
-def _trace(
-    scene: EmbreeScene, mesh: Mesh, light: _VertexLight, lighting: Lighting, directions: Floats32
-) -> tuple[Floats32, Floats32]:
-    """sRGB colour (r, 3) and 1 or 0 (r,) of each ray from the camera."""
-    found = scene.run(np.zeros_like(directions), directions, output=True)
-    hit = found["primID"] >= 0
-    corners = mesh.faces[found["primID"][hit]]
-    u, v = found["u"][hit], found["v"][hit]
-    shares = np.stack([1 - u - v, u, v], axis=1)
-    per_vertex = np.concatenate(
-        [light.diffuse, mesh.normals, (mesh.gloss * light.lamp_share)[:, None]], axis=1, dtype=np.float32
-    )
-    mixed = np.einsum("rc,rck->rk", shares, per_vertex[corners])
-    shine = _highlight(mixed[:, 3:6], directions[hit], lighting.towards_lamp) * mixed[:, 6]
-    colours = np.zeros_like(directions)
-    colours[hit] = to_srgb(mixed[:, :3] + shine[:, None] * lighting.lamp)
-    return colours, hit.astype(np.float32)
+def _edges(window: Floats32) -> NDArray[np.bool_]:
+    """(h, w) where a pixel's neighbours differ so much that one ray does not tell what the pixel is."""
+    brightest = cv2.dilate(window, _NEIGHBOURS)
+    darkest = cv2.erode(window, _NEIGHBOURS)
+    return np.asarray((brightest - darkest).max(axis=2) > _EDGE)
 
 
-def _highlight(normals: Floats32, directions: Floats32, towards_lamp: Floats) -> Floats32:
+class _Surface:
+    """A lit mesh that rays from the camera can be asked about."""
+
+    def __init__(self, scene: EmbreeScene, mesh: Mesh, light: _VertexLight, lighting: Lighting) -> None:
+        self._scene, self._faces = scene, mesh.faces
+        self._towards_lamp, self._lamp = lighting.towards_lamp.astype(np.float32), lighting.lamp.astype(np.float32)
+        shine = (mesh.gloss * light.lamp_share)[:, None]
+        self._per_vertex = np.concatenate([light.diffuse, mesh.normals, shine], axis=1, dtype=np.float32)
+
+    def seen(self, directions: Floats32) -> Floats32:
+        """(r, 4): the sRGB colour that each ray (r, 3) meets, and 1; zeros where it meets nothing."""
+        found = self._scene.run(np.zeros_like(directions), directions, output=True)
+        hit = np.flatnonzero(found["primID"] >= 0)
+        corners = self._per_vertex[self._faces[found["primID"][hit]]]
+        u, v = found["u"][hit, None], found["v"][hit, None]
+        mixed = corners[:, 0] * (1 - u - v) + corners[:, 1] * u + corners[:, 2] * v
+        shine = _highlight(mixed[:, 3:6], directions[hit], self._towards_lamp) * mixed[:, 6]
+        seen = np.zeros((len(directions), 4), dtype=np.float32)
+        seen[hit, :3] = to_srgb(mixed[:, :3] + shine[:, None] * self._lamp)
+        seen[hit, 3] = 1
+        return seen
+
+
+def _highlight(normals: Floats32, directions: Floats32, towards_lamp: Floats32) -> Floats32:
     """Blinn-Phong's lobe: a broad one, as skin's is."""
-    eye = -directions / np.linalg.norm(directions, axis=1, keepdims=True)
-    half = eye + towards_lamp.astype(np.float32)
-    half /= np.linalg.norm(half, axis=1, keepdims=True) + 1e-6
-    cosine = np.einsum("rk,rk->r", normals, half) / (np.linalg.norm(normals, axis=1) + 1e-6)
+    half = towards_lamp - directions / np.sqrt(np.einsum("rk,rk->r", directions, directions))[:, None]
+    squares = np.einsum("rk,rk->r", normals, normals) * np.einsum("rk,rk->r", half, half)
+    cosine = np.einsum("rk,rk->r", normals, half) / np.sqrt(squares + 1e-9)
     return np.asarray(np.clip(cosine, 0, 1) ** 24, dtype=np.float32)
