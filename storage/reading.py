@@ -1,14 +1,10 @@
-"""Reading a cache fast, by id or by position, with every byte checked the first time it is touched.
+"""Reading a cache by id or by position: batches of decoded numpy arrays from whichever shards hold the samples.
 
-Standard Zarr does not force zarr-python's path on a reader: a record of features is a slice of a memory map, found
-through the shard's own index, and its crc32c is checked once in a process. Small arrays are read whole. Every shard's
-metadata is checked against its ledger record before any of it is believed, and every row's stored id against the
-snapshot's: what does not fit stops the reader.
+Every row's stored id is compared with the snapshot's, and what does not fit stops the reader.
 """
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -20,13 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from storage import layout, zarr3
-from storage.durable import sha256_bytes
-from storage.encodings import PICTURE_SIZE_PX, decode_features, decode_picture
+from storage import layout
+from storage.encodings import PICTURE_SIZE_PX, decode_picture
 from storage.errors import DamageError, InputError
 from storage.identity import read_description
-from storage.ledger import ShardRecord, read_record
-from storage.shards import unpadded_ids
+from storage.ledger import read_record
+from storage.shard_file import ShardFile
 from storage.snapshots import HEAD_JSON, read_head, read_info, read_snapshot, snapshot_path
 
 PICTURES = "pictures"
@@ -36,113 +31,6 @@ OPEN_SHARDS = 256
 """Shards kept open: two mapped files and about 3 MB of small arrays each at 512 samples of 3 views."""
 
 Batch = dict[str, NDArray[Any]]
-
-
-class ShardFile:
-    """One published shard, open for reading."""
-
-    def __init__(self, path: Path, record: ShardRecord) -> None:
-        self.path = path
-        self._record = record
-        self.entries = tuple(entry.path for entry in layout.ENTRIES if self._has(entry.path))
-        self._metadata = {name: self._read_metadata(name) for name in self.entries}
-        self._features = self._map_features()
-        self._features_checked = np.zeros(self._metadata[layout.FEATURES].n_records, dtype=np.bool_)
-        self._pictures = self._map(layout.PICTURE_BYTES)
-        self._pictures_checked = np.zeros(self._features_checked.shape, dtype=np.bool_)
-        streamed = (layout.FEATURES, layout.PICTURE_BYTES)
-        self.small: dict[str, NDArray[Any]] = {name: self._whole(name) for name in self.entries if name not in streamed}
-        self.sample_ids = unpadded_ids(self.small[layout.SAMPLE_ID])
-        self.n_views: int = self._metadata[layout.FEATURES].shape[1]
-
-    def _has(self, name: str) -> bool:
-        return f"{name}/{zarr3.METADATA_NAME}" in self._record.files
-
-    def damaged(self, name: str, what: str) -> DamageError:
-        return DamageError(
-            f"{self.path / name} is damaged: {what}. Run `handstill verify`, which withdraws damaged shards, "
-            "then `handstill run`, which makes them again."
-        )
-
-    def _read(self, name: str) -> bytes:
-        try:
-            data = (self.path / name).read_bytes()
-        except OSError as error:
-            raise self.damaged(name, f"it cannot be read ({error.strerror})") from error
-        if len(data) != self._record.files[name].bytes:
-            raise self.damaged(name, f"it has {len(data)} bytes, not {self._record.files[name].bytes}")
-        return data
-
-    def _read_metadata(self, array: str) -> zarr3.ArrayMetadata:
-        name = f"{array}/{zarr3.METADATA_NAME}"
-        data = self._read(name)
-        if sha256_bytes(data) != self._record.files[name].sha256:
-            raise self.damaged(name, "its bytes are not those of the ledger")
-        return zarr3.parse_array(data)
-
-    def _whole(self, array: str) -> NDArray[Any]:
-        metadata = self._metadata[array]
-        name = f"{array}/{metadata.chunk_name}"
-        data = self._read(name)
-        body = data[: -zarr3.CRC_BYTES]
-        if zarr3.crc32c_bytes(body) != data[-zarr3.CRC_BYTES :]:
-            raise self.damaged(name, "its crc32c does not match")
-        return zarr3.from_little_endian(body, metadata)
-
-    def _map(self, array: str) -> NDArray[np.uint8]:
-        """The bytes of an array's chunk file, mapped read-only."""
-        name = f"{array}/{self._metadata[array].chunk_name}"
-        try:
-            with (self.path / name).open("rb") as file:
-                mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        except (OSError, ValueError) as error:
-            raise self.damaged(name, f"it cannot be mapped ({error})") from error
-        if len(mapped) != self._record.files[name].bytes:
-            raise self.damaged(name, f"it has {len(mapped)} bytes, not {self._record.files[name].bytes}")
-        return mapped
-
-    def _map_features(self) -> NDArray[np.uint8]:
-        """The mapped records (sample * view, bytes with crc32c), after checking that the index says just that."""
-        metadata = self._metadata[layout.FEATURES]
-        data = self._map(layout.FEATURES)
-        stride = metadata.record_bytes + zarr3.CRC_BYTES
-        index = zarr3.index_bytes(metadata.record_bytes, metadata.n_records)
-        body = metadata.n_records * stride
-        if data[body:].tobytes() != index:
-            raise self.damaged(f"{layout.FEATURES}/{metadata.chunk_name}", "its index does not match")
-        return data[:body].reshape(metadata.n_records, stride)
-
-    @property
-    def feature_shape(self) -> tuple[int, ...]:
-        """(h, w, c) of a record."""
-        return self._metadata[layout.FEATURES].shape[2:]
-
-    def features_into(self, row: int, view: int, out: NDArray[np.float32]) -> None:
-        """Decode the features (h,w,c) of one view into `out`."""
-        metadata = self._metadata[layout.FEATURES]
-        index = row * self.n_views + view
-        record = self._features[index]
-        if not self._features_checked[index]:
-            stored_crc = int.from_bytes(record[metadata.record_bytes :].tobytes(), "little")
-            if zarr3.crc32c(record[: metadata.record_bytes]) != stored_crc:
-                where = f"the crc32c of row {row}, view {view} does not match"
-                raise self.damaged(f"{layout.FEATURES}/{metadata.chunk_name}", where)
-            self._features_checked[index] = True
-        values = record[: metadata.record_bytes].view(metadata.dtype.newbyteorder("<")).reshape(self.feature_shape)
-        scale = self.small.get(layout.FEATURES_SCALE)
-        decode_features(values, None if scale is None else scale[row, view], out)
-
-    def picture_bytes(self, row: int, view: int) -> bytes:
-        """One encoded picture."""
-        start = int(self.small[layout.PICTURE_OFFSET][row, view])
-        data = self._pictures[start : start + int(self.small[layout.PICTURE_LENGTH][row, view])].tobytes()
-        index = row * self.n_views + view
-        if not self._pictures_checked[index]:
-            if zarr3.crc32c(data) != self.small[layout.PICTURE_CRC32C][row, view]:
-                name = f"{layout.PICTURE_BYTES}/{self._metadata[layout.PICTURE_BYTES].chunk_name}"
-                raise self.damaged(name, f"the crc32c of the picture of row {row}, view {view} does not match")
-            self._pictures_checked[index] = True
-        return data
 
 
 _STACKED = tuple(
@@ -222,10 +110,19 @@ class CacheReader:
         single = {name: values if _has_views(name) else values[0] for name, values in batch.items()}
         return single | {layout.SAMPLE_ID: str(batch[layout.SAMPLE_ID][0])}
 
-    def read(self, rows: Sequence[int], views: Sequence[int], keys: Collection[str] | None = None) -> Batch:
+    def read(
+        self,
+        rows: Sequence[int],
+        views: Sequence[int],
+        keys: Collection[str] | None = None,
+        *,
+        decoded: bool = True,
+    ) -> Batch:
         """A batch: entry b is view `views[b]` of the sample at position `rows[b]`.
 
         keys: only these entries (`sample_id` always comes); None: every entry that all touched shards have.
+        decoded: False leaves features as stored, a quarter of the bytes where they are int8: `teacher/features` int8
+        or float16 and, for int8, `teacher/features_scale` (B,h,w); whoever has a GPU multiplies there.
         Shapes: `pictures` (B,256,256,3) uint8, `teacher/features` (B,h,w,c) float32, others (B, ...), `sample_id` (B,).
         """
         assert len(rows) == len(views)
@@ -235,7 +132,7 @@ class CacheReader:
         batch: Batch = {layout.SAMPLE_ID: np.array([shard.sample_ids[row] for shard, row in places])}
         for name in wanted:
             if name == layout.FEATURES:
-                batch[name] = _features(places, views)
+                batch |= _features(places, views) if decoded else _features_as_stored(places, views)
             elif name == PICTURES:
                 batch[name] = _pictures(places, views)
             else:
@@ -290,11 +187,21 @@ def _has_views(name: str) -> bool:
     return name == PICTURES or (name != layout.SAMPLE_ID and layout.per_view(name))
 
 
-def _features(places: Sequence[tuple[ShardFile, int]], views: Sequence[int]) -> NDArray[np.float32]:
+def _features(places: Sequence[tuple[ShardFile, int]], views: Sequence[int]) -> Batch:
     out = np.empty((len(places), *places[0][0].feature_shape), dtype=np.float32)
     for item, ((shard, row), view) in enumerate(zip(places, views, strict=True)):
         shard.features_into(row, view, out[item])
-    return out
+    return {layout.FEATURES: out}
+
+
+def _features_as_stored(places: Sequence[tuple[ShardFile, int]], views: Sequence[int]) -> Batch:
+    first = places[0][0]
+    out = np.empty((len(places), *first.feature_shape), dtype=first.feature_dtype)
+    for item, ((shard, row), view) in enumerate(zip(places, views, strict=True)):
+        out[item] = shard.stored_features(row, view)
+    if layout.FEATURES_SCALE not in first.small:
+        return {layout.FEATURES: out}
+    return {layout.FEATURES: out, layout.FEATURES_SCALE: _stacked(layout.FEATURES_SCALE, places, views)}
 
 
 def _pictures(places: Sequence[tuple[ShardFile, int]], views: Sequence[int]) -> NDArray[np.uint8]:

@@ -79,6 +79,17 @@ def test_only_what_is_asked_for_is_read(root: Path) -> None:
         open_cache(root).read([0], [0], keys=["labels/bets"])
 
 
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_features_as_stored_decode_to_the_same(tmp_path: Path, encoding: FeatureEncoding) -> None:
+    reader = open_cache(write_tiny_cache(tmp_path, n=4, encoding=encoding))
+    stored = reader.read([0, 3], [2, 1], [layout.FEATURES], decoded=False)
+    assert stored[layout.FEATURES].dtype.name == encoding
+    values = stored[layout.FEATURES].astype(np.float32)
+    if encoding == "int8":
+        values *= stored[layout.FEATURES_SCALE][..., None]
+    np.testing.assert_array_equal(values, reader.read([0, 3], [2, 1])[layout.FEATURES])
+
+
 def test_pickled_and_threaded_readers_give_the_same(root: Path) -> None:
     reader = pickle.loads(pickle.dumps(open_cache(root)))  # noqa: S301  made here
     reader._open_limit = 1  # every thread drops the others' shard
