@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,11 +146,12 @@ def _write_npz_set(unit: SynthesiseUnit) -> list[Path]:
 
     assert unit.image_dir is not None
     unit.image_dir.mkdir(parents=True, exist_ok=True)
-    pictures = list(_pictures(unit))
     names = [f"{number:08d}.jpg" for number in range(unit.hands)]
     written = [unit.image_dir / name for name in names]
-    for path, picture in zip(written, pictures, strict=True):
+    pictures: list[HandPicture] = []  # without their bytes: a set's labels fit in memory, its pictures need not
+    for path, picture in zip(written, _pictures(unit), strict=True):
         path.write_bytes(picture.jpeg)
+        pictures.append(replace(picture, jpeg=b""))
     truths = [
         (unit.truth_xyz, [picture.keypoints_3d for picture in pictures]),
         (unit.truth_verts, [picture.vertices for picture in pictures]),

@@ -90,6 +90,14 @@ def test_the_same_settings_give_the_same_bytes_in_any_order(made: Path, tmp_path
     assert first == again
 
 
+def test_more_tars_than_hands_leaves_empty_tars_that_ingest_takes(tmp_path: Path) -> None:
+    for unit in units_for(tmp_path, train=1):
+        run_unit(unit)
+        assert unit_done(unit)
+    tables = [scan_source("train", TRAIN, source, tmp_path) for source in source_files(TRAIN, tmp_path)]
+    assert [table.num_rows for table in tables] == [1, 0, 0]
+
+
 def test_another_seed_gives_other_hands(pictures: list[HandPicture]) -> None:
     other = Studio(load_hand_model("open-hand")).take(scene_rng(1, 0))
     assert not np.allclose(other.pose, pictures[0].pose)
