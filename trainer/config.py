@@ -10,6 +10,10 @@ from storage.config import FeatureGrid, Section
 
 TRAINING_VERSION = 1
 """Part of every student's identity: raise it when the same recipe on the same snapshot would learn differently."""
+SCORING_VERSION = 1
+"""Part of every evaluation's identity: raise it when the same answers would score differently."""
+REPORT_VERSION = 1
+"""Raise it when the same scores would be shown differently."""
 
 
 class DistillConfig(Section):
@@ -170,3 +174,27 @@ class EvaluateConfig(Section):
     on: list[str] = Field(min_length=1)
     batch_size: int = Field(default=32, ge=1)
     latency: LatencyConfig = LatencyConfig()
+
+
+class GateConfig(Section):
+    """What a comparison must show for `handstill compare` to exit with 0. Limits left out are not checked."""
+
+    dataset: str
+    """The evaluation set that is looked at."""
+    metric: str = "pa_mpjpe_mm"
+    """One of the metrics of the comparison; those in mm must be small, the others large."""
+    students: list[str] | None = None
+    """Each of these must pass, by its mean over seeds; null: the best student must."""
+    limit: float | None = Field(default=None, ge=0)
+    """Not worse than this value."""
+    teacher_ratio: float | None = Field(default=None, gt=0)
+    """Not worse than this times the teacher's value."""
+    better_than_mean_pose: bool = False
+    """Better than answering the same mean pose to every picture."""
+
+
+class CompareConfig(Section):
+    gate: GateConfig | None = None
+    """null: the comparison only reports."""
+    bootstrap: int = Field(default=1000, ge=100)
+    """Resamplings behind the confidence intervals of paired differences."""

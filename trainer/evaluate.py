@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from models.hamer import Hamer, HamerConfig
 from models.hand_model import HandModel, load_hand_model
 from models.mano import ManoLayer
 from models.preprocessing import normalise
@@ -78,6 +79,11 @@ class TeacherJob:
     out_dir: Path
     identity: str
     batch_size: int = 256
+    model_config: Path | None = None
+    """model_config.yaml: with it the network's size and speed are given too, of its architecture with random weights
+    (the checkpoint stays unread)."""
+    latency: LatencyConfig | None = None
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,12 @@ def evaluate_student(job: EvaluateJob) -> EvaluationResult:
     """Score a saved student on every set and measure its latency, or return the result if that was done."""
     if (done := read_evaluation(job.out_dir, job.identity)) is not None:
         return done
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if job.device == "auto" else job.device)
+    device = _device(job.device)
     student = Student.load(job.student).to(device).eval()
     predict = student_prediction(student, device)
     metrics, samples = _score_sets(job.sets, job.out_dir, STUDENT_VIEW, predict, job.batch_size)
+    channels_last = student.channels_last_safe
+    latency = measure(student, job.latency, device, channels_last=channels_last) if job.latency else {}
     return _finish(
         job.out_dir,
         EvaluationResult(
@@ -126,7 +134,9 @@ def evaluate_student(job: EvaluateJob) -> EvaluationResult:
             metrics=metrics,
             samples=samples,
             params_m=sum(p.numel() for p in student.parameters()) / 1e6,
-            latency=measure(student, job.latency, device) if job.latency else {},
+            latency=measure(student, job.latency, device, channels_last=student.channels_last_safe)
+            if job.latency
+            else {},
             device=describe(device),
         ),
     )
@@ -140,10 +150,27 @@ def evaluate_teacher(job: TeacherJob) -> EvaluationResult:
     teacher, nothing = cached_teacher(hand_model), mean_pose(hand_model)
     metrics, samples = _score_sets(job.sets, job.out_dir, TEACHER_VIEW, teacher, job.batch_size)
     baseline, _ = _score_sets(job.sets, None, STUDENT_VIEW, nothing, job.batch_size)
-    return _finish(
-        job.out_dir,
-        EvaluationResult("teacher", None, job.identity, metrics=metrics, samples=samples, mean_pose=baseline),
+    result = EvaluationResult("teacher", None, job.identity, metrics=metrics, samples=samples, mean_pose=baseline)
+    if job.model_config is not None:
+        result = _with_size_and_speed(result, job, HamerConfig.from_yaml(job.model_config), hand_model)
+    return _finish(job.out_dir, result)
+
+
+def _with_size_and_speed(
+    result: EvaluationResult, job: TeacherJob, config: HamerConfig, hand_model: HandModel
+) -> EvaluationResult:
+    device = _device(job.device)
+    network = Hamer(config, ManoLayer(hand_model))
+    return dataclasses.replace(
+        result,
+        params_m=sum(p.numel() for p in network.parameters()) / 1e6,
+        latency=measure(network, job.latency, device, channels_last=False) if job.latency else {},
+        device=describe(device),
     )
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def read_evaluation(out_dir: Path, identity: str) -> EvaluationResult | None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from models.preprocessing import IMAGE_SIZE
-from models.student import Student
 from trainer.config import LatencyConfig
 
 MIN_ITERATIONS = 10
@@ -28,17 +28,19 @@ class Latency:
     """At the median."""
 
 
-def measure(student: Student, config: LatencyConfig, device: torch.device) -> dict[str, Latency]:
-    """Latency by batch size (as text, for JSON). The student is put in eval mode and moved to the device."""
-    student = student.to(device).eval()
-    memory_format = torch.channels_last if student.channels_last_safe else torch.contiguous_format
-    student.to(memory_format=memory_format)
-    return {str(size): _measure(student, size, config, device, memory_format) for size in config.batch_sizes}
+def measure(
+    network: nn.Module, config: LatencyConfig, device: torch.device, *, channels_last: bool
+) -> dict[str, Latency]:
+    """Latency by batch size (as text, for JSON). The network is put in eval mode and moved to the device."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    network = network.to(device).eval()
+    network.to(memory_format=memory_format)
+    return {str(size): _measure(network, size, config, device, memory_format) for size in config.batch_sizes}
 
 
 @torch.inference_mode()
 def _measure(
-    student: Student, batch_size: int, config: LatencyConfig, device: torch.device, memory_format: torch.memory_format
+    network: nn.Module, batch_size: int, config: LatencyConfig, device: torch.device, memory_format: torch.memory_format
 ) -> Latency:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
@@ -46,7 +48,7 @@ def _measure(
 
     def once() -> float:
         start = time.perf_counter()
-        student(images)
+        network(images)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
