@@ -111,12 +111,10 @@ def teacher_gpus(experiment: Experiment) -> float:
         return asked
     if experiment.config.cluster.address == "local":
         return 1.0 if NVIDIA_GPUS.is_dir() and any(NVIDIA_GPUS.iterdir()) else 0.0
-    from pipeline.workers import ray_session
+    from pipeline.workers import cluster_size, ray_session
 
     with ray_session(experiment.config.cluster):
-        import ray
-
-        return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+        return 1.0 if cluster_size()[0].get("GPU", 0) >= 1 else 0.0
 
 
 def cache_identity(experiment: Experiment, role: Role) -> dict[str, Any]:

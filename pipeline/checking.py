@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from models.hand_model import OPEN_HAND
 from pipeline.experiment import Experiment
@@ -51,7 +52,7 @@ def _dataset_problems(experiment: Experiment) -> Iterator[str]:
     for name, dataset in experiment.datasets.items():
         if name in made:
             continue
-        yield from _complaint(f"datasets.{name}", lambda dataset=dataset: source_files(dataset, experiment.base))
+        yield from _complaint(f"datasets.{name}", partial(source_files, dataset, experiment.base))
         if isinstance(dataset, HamerNpzDataset):
             wanted = {"truth_xyz": dataset.truth_xyz, "truth_verts": dataset.truth_verts}
             for key, value in wanted.items():
@@ -68,10 +69,12 @@ def _weights_problems(experiment: Experiment) -> Iterator[str]:
 
 
 def _backbone_problems(experiment: Experiment) -> Iterator[str]:
-    from models.student import check_backbone
+    from models.student import StudentSpec, feature_shape
 
     for name, recipe in experiment.recipes().items():
-        yield from _complaint(f"students.{name}.backbone", lambda recipe=recipe: check_backbone(recipe.backbone))
+        yield from _complaint(
+            f"students.{name}.backbone", partial(feature_shape, StudentSpec(backbone=recipe.backbone))
+        )
 
 
 def _complaint(where: str, look: Callable[[], object]) -> Iterator[str]:

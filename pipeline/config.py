@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from stages.config import DatasetConfig, SynthesiseConfig, TeacherConfig
 from storage.config import CacheConfig, Section
-from trainer.config import EvaluateConfig, StudentConfig, TrainConfig, grid_problem
+from trainer.config import CompareConfig, EvaluateConfig, StudentConfig, TrainConfig, grid_problem
 
 Role = Literal["train", "evaluate"]
 
@@ -51,6 +51,7 @@ class PipelineConfig(Section):
     train: TrainConfig
     students: dict[str, StudentConfig]
     evaluate: EvaluateConfig
+    compare: CompareConfig = CompareConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pipeline.config import ClusterConfig
 from pipeline.events import append_event
-from pipeline.workers import POLL_S, get
+from pipeline.workers import POLL_S, cluster_size, get
 from stages.config import WorkersConfig
 from stages.preparation import PreparedBatch, ShardJob, prepared_batches
 from storage.errors import WorkError
@@ -169,7 +169,7 @@ def teach_all(
     import ray
     from ray.exceptions import RayActorError
 
-    count, cpus, threads = staffing(workers, settings.gpus, ray.cluster_resources(), len(ray.nodes()))
+    count, cpus, threads = staffing(workers, settings.gpus, *cluster_size())
     settings = TeacherSettings(**{**settings.__dict__, "threads": threads})
     options = {"num_cpus": cpus, "num_gpus": settings.gpus, "max_restarts": 0}
     office = _Office(deque(jobs), settings, options, cluster.max_retries)

@@ -43,7 +43,8 @@ def _plan_of(states: list[CacheState]) -> StagePlan:
     unscanned = sum(shards.unscanned for state in states for shards in state.datasets.values())
     removed = sum(_removed(state, name) for state in states for name in state.datasets)
     passes = sum(plan.n_samples * state.settings.views for state, _, plan in jobs)
-    counts = count_reasons([*reasons, *(["new"] * unscanned)])
+    unseen: list[Reason] = ["new"] * unscanned
+    counts = count_reasons([*reasons, *unseen])
     why = {f"{reason}: {name} ({state.role})": None for (state, name, _), reason in zip(jobs, reasons, strict=True)}
     return StagePlan(
         # A source that was never scanned counts as one shard: how many it holds is not known before.

@@ -20,7 +20,7 @@ from trainer.config import TRAINING_VERSION, StudentRecipe
 
 if TYPE_CHECKING:
     from pipeline.tracking import StudentRun, Tracker
-    from trainer.loop import TrainJob, TrainResult
+    from trainer.job import TrainJob, TrainResult
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _follow(tail: EventTail, steps: dict[str, int], progress: StageProgress) -> 
 
 def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent: str) -> TrainUnit:
     from pipeline.tracking import CacheInput, StudentRun, tracking_target
-    from trainer.loop import TrainJob
+    from trainer.job import TrainJob
 
     assert state.digest is not None
     assert state.identity is not None

@@ -30,14 +30,20 @@ class Resources:
     gpus: float = 0
 
 
-def network_resources() -> Resources:
-    """What training or scoring a network takes: a GPU where the cluster has one, else all cores of a node."""
+def cluster_size() -> tuple[dict[str, float], int]:
+    """(all resources of the connected cluster by name, its live nodes)."""
     import ray
 
-    available = ray.cluster_resources()
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # ray has no types here
+    return dict(ray.cluster_resources()), max(len(nodes), 1)  # type: ignore[no-untyped-call]
+
+
+def network_resources() -> Resources:
+    """What training or scoring a network takes: a GPU where the cluster has one, else all cores of a node."""
+    available, nodes = cluster_size()
     if available.get("GPU", 0) >= 1:
         return Resources(cpus=1, gpus=1)
-    return Resources(cpus=max(1.0, available.get("CPU", 1.0) // max(len(ray.nodes()), 1)))
+    return Resources(cpus=max(1.0, available.get("CPU", 1.0) // nodes))
 
 
 @contextmanager
@@ -94,14 +100,16 @@ def run_units(
     """
     import ray
 
-    once = {"max_calls": 1} if fresh_process else {}
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=cluster.max_retries, **once)(
-        function
-    )
+    options: dict[str, Any] = {
+        "num_cpus": resources.cpus,
+        "num_gpus": resources.gpus,
+        "max_retries": cluster.max_retries,
+    }
+    task = ray.remote(**options, **({"max_calls": 1} if fresh_process else {}))(function)
     waiting = list(units)
     running: dict[Any, Unit] = {}
     # Enough to keep the cluster full, few enough that a failure is noticed before a million are queued.
-    at_once = 4 * max(1, int(ray.cluster_resources().get("CPU", 1) / max(resources.cpus, 0.25)))
+    at_once = 4 * max(1, int(cluster_size()[0].get("CPU", 1) / max(resources.cpus, 0.25)))
     while waiting or running:
         while waiting and len(running) < at_once:
             unit = waiting.pop(0)

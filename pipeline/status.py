@@ -1,0 +1,75 @@
+"""`handstill status`: how far each stage is, from the plans and the event log; works beside a live run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.events import EventTail
+from pipeline.experiment import Experiment
+from pipeline.ingesting import quarantined, used_datasets
+from pipeline.manifests import ManifestIndex, tables_of
+from pipeline.plan import StagePlan
+from pipeline.run import plan_all
+from storage.cache import CacheFolder
+from storage.errors import DamageError, InputError
+from storage.snapshots import read_head, read_info, snapshot_path
+
+
+def status(experiment: Experiment) -> dict[str, Any]:
+    """Per stage: total, done, stale, quarantined, last_error (DESIGN section 7), and what a run is doing now."""
+    plans = plan_all(experiment)
+    errors, current = _from_events(experiment)
+    bad = {"ingest": _quarantined_at_ingest(experiment), "teach": _quarantined_at_teach(experiment)}
+    stages = {
+        name: {
+            "total": plan.total,
+            "done": plan.total - plan.todo,
+            "stale": _stale(plan),
+            "quarantined": bad.get(name, 0),
+            "last_error": errors.get(name),
+        }
+        for name, plan in plans.items()
+    }
+    return {"stages": stages, "current_stage": current}
+
+
+def _stale(plan: StagePlan) -> int:
+    return sum(count for reason, count in plan.reasons.items() if reason != "new")
+
+
+def _from_events(experiment: Experiment) -> tuple[dict[str, str], str | None]:
+    """Each stage's last error, if no success came after it; and the stage that is running."""
+    errors: dict[str, str] = {}
+    current: str | None = None
+    for event in EventTail(experiment.workdir.events, from_start=True).new():
+        if event["event"] == "stage_started":
+            current = str(event["stage"])
+        elif event["event"] == "stage_done":
+            errors.pop(str(event["stage"]), None)
+            current = None
+        elif event["event"] == "run_failed" and current is not None:
+            errors[current] = str(event["error"])
+            current = None
+    return errors, current
+
+
+def _quarantined_at_ingest(experiment: Experiment) -> int:
+    index = ManifestIndex(experiment)
+    return sum(
+        quarantined(table)
+        for name, config in used_datasets(experiment).items()
+        for _, table in tables_of(experiment, name, config, index)
+        if table is not None
+    )
+
+
+def _quarantined_at_teach(experiment: Experiment) -> int:
+    """Samples that the current snapshots leave out, those of ingest included."""
+    total = 0
+    for path in experiment.workdir.caches.glob("*/cache.json"):
+        root = CacheFolder(path.parent).root
+        try:
+            total += sum(read_info(snapshot_path(root, digest)).quarantined for digest in read_head(root).values())
+        except (DamageError, InputError):
+            continue  # `plan` names what is damaged
+    return total
