@@ -202,7 +202,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 def _read_npz(path: Path) -> Mapping[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # zip, npy headers and sizes of a foreign file can fail in any way: the file's fault
         raise InputError(f"{path}: not a readable npz of plain arrays: {error}") from error

@@ -90,7 +90,9 @@ class Student(nn.Module):
         """Write a folder that `Student.load` reads on any machine: weights, hand model, and the specification last."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = {
-            name: value.contiguous() for name, value in self.state_dict().items() if not name.startswith("mano.")
+            name: value.clone(memory_format=torch.contiguous_format)  # tied weights may not share memory in the file
+            for name, value in self.state_dict().items()
+            if not name.startswith("mano.")
         }
         write_bytes_atomic(folder / _WEIGHTS_FILE, save_safetensors(weights))
         save_hand_model(self.hand_model, folder / _HAND_FILE)
