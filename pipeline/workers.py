@@ -100,12 +100,9 @@ def run_units(
     """
     import ray
 
-    options: dict[str, Any] = {
-        "num_cpus": resources.cpus,
-        "num_gpus": resources.gpus,
-        "max_retries": cluster.max_retries,
-    }
-    task = ray.remote(**options, **({"max_calls": 1} if fresh_process else {}))(function)
+    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+    options |= {"max_retries": cluster.max_retries} | ({"max_calls": 1} if fresh_process else {})
+    task: Any = ray.remote(**options)(function)
     waiting = list(units)
     running: dict[Any, Unit] = {}
     # Enough to keep the cluster full, few enough that a failure is noticed before a million are queued.

@@ -134,9 +134,7 @@ def evaluate_student(job: EvaluateJob) -> EvaluationResult:
             metrics=metrics,
             samples=samples,
             params_m=sum(p.numel() for p in student.parameters()) / 1e6,
-            latency=measure(student, job.latency, device, channels_last=student.channels_last_safe)
-            if job.latency
-            else {},
+            latency=latency,
             device=describe(device),
         ),
     )
