@@ -13,25 +13,7 @@ import torch
 from smplx.utils import Struct
 from torch import Tensor
 
-from models.hand_model import (
-    FINGERTIP_VERTICES,
-    HandModel,
-    hand_model_digest,
-    hand_model_from_state_dict,
-    load_hand_model,
-    save_hand_model,
-)
-
-__all__ = [
-    "FINGERTIP_VERTICES",
-    "OPENPOSE_ORDER",
-    "HandModel",
-    "ManoLayer",
-    "hand_model_digest",
-    "hand_model_from_state_dict",
-    "load_hand_model",
-    "save_hand_model",
-]
+from models.hand_model import FINGERTIP_VERTICES, HandModel
 
 OPENPOSE_ORDER = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)
 """Rows of [16 joints, 5 fingertips] in OpenPose's order: wrist, then thumb, index, middle, ring, pinky from the base

@@ -6,7 +6,8 @@ import numpy as np
 import smplx.lbs
 import torch
 
-from models.mano import ManoLayer, hand_model_digest, hand_model_from_state_dict, load_hand_model
+from models.hand_model import hand_model_digest, hand_model_from_state_dict, load_hand_model
+from models.mano import ManoLayer
 from tests.shared import REFERENCE, needs_shared
 
 pytestmark = needs_shared

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from models.hand_model import OPEN_HAND, hand_model_digest, load_hand_model, save_hand_model
-from models.teacher import load_teacher
+from models.teacher import load_teacher, teacher_hand_model
 from storage.errors import InputError
 from tests.tiny_networks import tiny_hand_model, tiny_student, write_tiny_teacher
 
@@ -182,8 +182,9 @@ def test_unreadable_configuration(tmp_path: Path, text: str | None) -> None:
 
 def test_without_a_hand_model(tmp_path: Path) -> None:
     checkpoint, _ = write_tiny_teacher(tmp_path)
-    with pytest.raises(InputError, match=r"teacher\.mano_model"):
-        load_teacher(checkpoint)
+    for load in (load_teacher, teacher_hand_model):
+        with pytest.raises(InputError, match=r"teacher\.mano_model"):
+            load(checkpoint)
     assert load_teacher(checkpoint, OPEN_HAND).hand_model.n_vertices == load_hand_model(OPEN_HAND).n_vertices
 
 
@@ -192,11 +193,13 @@ def test_given_hand_model_wins_and_says_so(tmp_path: Path, caplog: pytest.LogCap
     inside = {f"mano.{name}": value for name, value in tiny_student().mano.state_dict().items()}
     rewrite(checkpoint, lambda state: state.update(inside))
     assert hand_model_digest(load_teacher(checkpoint).hand_model) == hand_model_digest(tiny_hand_model())
+    assert hand_model_digest(teacher_hand_model(checkpoint)) == hand_model_digest(tiny_hand_model())
     other = tiny_hand_model(seed=1)
     save_hand_model(other, tmp_path / "other.safetensors")
     with caplog.at_level(logging.WARNING):
         teacher = load_teacher(checkpoint, tmp_path / "other.safetensors")
     assert hand_model_digest(teacher.hand_model) == hand_model_digest(other)
+    assert hand_model_digest(teacher_hand_model(checkpoint, tmp_path / "other.safetensors")) == hand_model_digest(other)
     assert "another one" in caplog.text
 
 
