@@ -8,6 +8,7 @@ metrics named `<data set>/<metric>`, `latency_ms/<batch size>`, `fps`, `params_m
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Runs:
     """The finished runs of one MLflow experiment."""
 
     def __init__(self, tracking_uri: str, experiment: str) -> None:
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar a small file otherwise
         try:
             self._client = MlflowClient(tracking_uri=tracking_uri)
             found = self._client.get_experiment_by_name(experiment)
