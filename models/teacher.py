@@ -116,7 +116,7 @@ def load_teacher(
     return Teacher(network, precision, report)
 
 
-def teacher_hand_model(checkpoint: str | Path, mano_model: str | Path | None) -> HandModel:
+def teacher_hand_model(checkpoint: str | Path, mano_model: str | Path | None = None) -> HandModel:
     """The hand model that `load_teacher` would use, without loading the network."""
     path = Path(checkpoint)
     return load_hand_model(mano_model) if mano_model is not None else _hand_model(path, read_checkpoint(path), None)
