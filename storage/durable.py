@@ -51,9 +51,14 @@ def partial_path(final: Path) -> Path:
     return final.with_name(f".{final.name}.{secrets.token_hex(8)}.partial")
 
 
+def is_partial(path: Path) -> bool:
+    """Whether the name is one of `partial_path`'s: being written, or left by a writer that died."""
+    return _PARTIAL.match(path.name) is not None
+
+
 def sweep_partial(folder: Path) -> int:
     """Remove what writers that died left in `folder`; returns how many. Only while nothing else writes there."""
-    leftovers = [path for path in folder.iterdir() if _PARTIAL.match(path.name)]
+    leftovers = [path for path in folder.iterdir() if is_partial(path)]
     for path in leftovers:
         remove_tree(path)
     return len(leftovers)

@@ -5,6 +5,7 @@ Every row's stored id is compared with the snapshot's, and what does not fit sto
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -27,8 +28,13 @@ from storage.snapshots import HEAD_JSON, read_head, read_info, read_snapshot, sn
 PICTURES = "pictures"
 """The key of decoded pictures in what a reader returns."""
 
-OPEN_SHARDS = 256
-"""Shards kept open: two mapped files and about 3 MB of small arrays each at 512 samples of 3 views."""
+OPEN_SHARDS = 512
+"""At most so many shards are kept open by a reader, two mapped files and about 3 MB each at 512 samples of 3 views.
+Opening one takes 3 ms."""
+
+_FILES_WANTED = 16384
+_READERS = 8
+"""A process may read so many data sets at once before they run out of open files."""
 
 Batch = dict[str, NDArray[Any]]
 
@@ -47,11 +53,11 @@ class CacheReader:
     storage/layout.py by its path (`teacher/cam`, `labels/keypoints_2d`, `views/affine`, ...).
     """
 
-    def __init__(self, root: Path, digests: Mapping[str, str], open_shards: int = OPEN_SHARDS) -> None:
+    def __init__(self, root: Path, digests: Mapping[str, str], open_shards: int | None = None) -> None:
         self.root = root
         self.digests = dict(digests)
         """Data set -> digest of the snapshot that is read."""
-        self._open_limit = open_shards
+        self._open_limit = open_shards or shards_to_keep_open()
         self.identity: dict[str, Any] = read_description(root)["identity"]
         table = pa.concat_tables([read_snapshot(snapshot_path(root, digest)) for digest in self.digests.values()])
         self._rows = table.filter(pc.is_valid(table["row"])).select(["sample_id", "dataset", "shard", "row"])
@@ -181,6 +187,17 @@ class CacheReader:
         except FileNotFoundError as error:
             raise DamageError(f"{ledger} is gone: the shard was withdrawn or cleaned; run `handstill run`") from error
         return ShardFile(self.root / "shards" / f"{input_hash}.zarr", record)
+
+
+def shards_to_keep_open() -> int:
+    """How many shards a reader may keep open, after raising this process's limit on open files where it is low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_WANTED if hard == resource.RLIM_INFINITY else min(_FILES_WANTED, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    files = _FILES_WANTED if soft == resource.RLIM_INFINITY else soft
+    return max(1, min(OPEN_SHARDS, files // (2 * _READERS)))
 
 
 def _has_views(name: str) -> bool:

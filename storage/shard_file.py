@@ -7,6 +7,7 @@ Every array's metadata is checked against the shard's ledger record before any o
 
 from __future__ import annotations
 
+import errno
 import mmap
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from storage import layout, zarr3
 from storage.durable import sha256_bytes
 from storage.encodings import decode_features
-from storage.errors import DamageError
+from storage.errors import DamageError, WorkError
 from storage.ledger import ShardRecord
 from storage.shards import unpadded_ids
 
@@ -48,11 +49,16 @@ class ShardFile:
             "then `handstill run`, which makes them again."
         )
 
+    def _unreadable(self, name: str, error: OSError) -> Exception:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return WorkError(f"{self.path / name}: too many open files; raise the limit (ulimit -n)")
+        return self.damaged(name, f"it cannot be read ({error.strerror})")
+
     def _read(self, name: str) -> bytes:
         try:
             data = (self.path / name).read_bytes()
         except OSError as error:
-            raise self.damaged(name, f"it cannot be read ({error.strerror})") from error
+            raise self._unreadable(name, error) from error
         if len(data) != self._record.files[name].bytes:
             raise self.damaged(name, f"it has {len(data)} bytes, not {self._record.files[name].bytes}")
         return data
@@ -79,8 +85,10 @@ class ShardFile:
         try:
             with (self.path / name).open("rb") as file:
                 mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        except (OSError, ValueError) as error:
-            raise self.damaged(name, f"it cannot be mapped ({error})") from error
+        except OSError as error:
+            raise self._unreadable(name, error) from error
+        except ValueError as error:  # an empty file
+            raise self.damaged(name, "it is empty") from error
         if len(mapped) != self._record.files[name].bytes:
             raise self.damaged(name, f"it has {len(mapped)} bytes, not {self._record.files[name].bytes}")
         return mapped

@@ -15,7 +15,7 @@ import numpy as np
 
 from storage import layout, zarr3
 from storage.cache import CacheFolder
-from storage.durable import sha256_file
+from storage.durable import is_partial, sha256_file
 from storage.errors import DamageError, InputError
 from storage.identity import CACHE_JSON
 from storage.ledger import ShardRecord, read_record
@@ -116,16 +116,21 @@ def _checksums_match(path: Path, metadata: zarr3.ArrayMetadata) -> bool:
 def verify_folder(cache: CacheFolder, *, ignore: Collection[str] = ()) -> list[Damage]:
     """Everything but the insides of shards: cache.json, attachments, ledger, snapshots, HEAD.json, stray files.
 
+    Partial names are no damage: a run may be at work, and the next one sweeps what a dead one left.
     ignore: names at the top of the folder that belong to someone else.
     """
     root = cache.root
     damages = [*_description_damages(cache), *_ledger_damages(cache), *_snapshot_damages(cache)]
     attachments = _attachments(cache)
     known = {CACHE_JSON, HEAD_JSON, "shards", "ledger", "snapshots", *attachments, *ignore}
-    damages += [
-        Damage(path, "does not belong to the cache") for path in sorted(root.iterdir()) if path.name not in known
-    ]
+    damages += [Damage(path, "does not belong to the cache") for path in _entries(root) if path.name not in known]
     return damages
+
+
+def _entries(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in sorted(folder.iterdir()) if not is_partial(path)]
 
 
 def _attachments(cache: CacheFolder) -> Mapping[str, object]:
@@ -146,7 +151,7 @@ def _description_damages(cache: CacheFolder) -> list[Damage]:
 
 def _ledger_damages(cache: CacheFolder) -> list[Damage]:
     damages = []
-    for path in sorted(cache.ledger_dir.iterdir()):
+    for path in _entries(cache.ledger_dir):
         if path.suffix != ".json":
             damages.append(Damage(path, "does not belong to the ledger"))
             continue
@@ -155,7 +160,7 @@ def _ledger_damages(cache: CacheFolder) -> list[Damage]:
         except DamageError as error:
             damages.append(Damage(path, str(error)))
     recorded = cache.finished().keys()
-    for path in sorted(cache.shards_dir.iterdir()):
+    for path in _entries(cache.shards_dir):
         if path.suffix != ".zarr" or path.stem not in recorded:
             damages.append(Damage(path, "has no ledger record"))
     return damages
@@ -167,7 +172,7 @@ def _snapshot_damages(cache: CacheFolder) -> list[Damage]:
         for path in sorted(cache.snapshots_dir.glob("*.parquet"))
         for damage in _one_snapshot_damages(cache, path)
     ]
-    for path in sorted(cache.snapshots_dir.iterdir()):
+    for path in _entries(cache.snapshots_dir):
         if path.suffix not in (".parquet", ".json") or not path.with_suffix(".parquet").is_file():
             damages.append(Damage(path, "does not belong to a snapshot"))
     try:

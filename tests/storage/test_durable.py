@@ -70,6 +70,34 @@ def test_the_first_publication_stays(tmp_path: Path) -> None:
     assert [left.name for left in tmp_path.iterdir()] == ["shard"]
 
 
+def test_every_byte_is_forced_to_the_disk_before_the_name_and_the_name_before_we_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        order.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def note_rename(path: Path, target: Path) -> None:
+        order.append(f"rename to {target.name}")
+        os.replace(path, target)  # noqa: PTH105  the method itself is patched
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    partial = partial_path(tmp_path / "shard")
+    (partial / "group").mkdir(parents=True)
+    for name in ("a", "group/b"):
+        (partial / name).write_bytes(b"")
+    publish_directory(partial, tmp_path / "shard")
+    assert order == ["a", partial.name, "b", "group", "rename to shard", tmp_path.name]
+    order.clear()
+    write_bytes_atomic(tmp_path / "record", b"")
+    assert [order[0][:8], *order[1:]] == [".record.", "rename to record", tmp_path.name]
+
+
 def test_sweeping_touches_only_partial_names(tmp_path: Path) -> None:
     (tmp_path / ".hidden").write_bytes(b"")
     (tmp_path / "notes.partial").write_bytes(b"")

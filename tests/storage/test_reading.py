@@ -15,6 +15,7 @@ from storage.cache import CacheFolder, open_cache
 from storage.config import FeatureEncoding, FeatureGrid
 from storage.encodings import decode_picture
 from storage.errors import DamageError, InputError
+from storage.reading import shards_to_keep_open
 from storage.snapshots import read_head, write_head
 from tests.tiny_cache import write_tiny_cache
 
@@ -173,3 +174,11 @@ def test_a_withdrawn_shard_cannot_be_read(root: Path) -> None:
         cache.withdraw(input_hash)
     with pytest.raises(DamageError, match="withdrawn"):
         open_cache(root).read([0], [0])
+
+
+def test_a_reader_raises_a_low_limit_on_open_files_and_stays_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(1024, 4096)]
+    monkeypatch.setattr("resource.getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda which, wanted: limits.append(wanted))
+    assert shards_to_keep_open() == 256
+    assert limits[-1] == (4096, 4096)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from storage.cache import CacheFolder
-from storage.durable import sealed_json
+from storage.durable import partial_path, sealed_json
 from storage.ledger import record_document
 from storage.verification import Damage, quick_check, verify_folder, verify_shard
 from tests.tiny_cache import write_tiny_cache
@@ -79,6 +79,12 @@ def test_what_does_not_belong_is_found(cache: CacheFolder, where: str) -> None:
     path.unlink()
     path.mkdir()
     assert [damage.path for damage in verify(cache)] == [path]
+
+
+def test_what_is_being_written_is_no_damage(cache: CacheFolder) -> None:
+    for folder in (cache.root, cache.shards_dir, cache.ledger_dir, cache.snapshots_dir):
+        partial_path(folder / "x").mkdir()
+    assert verify(cache) == []
 
 
 def test_quick_check_finds_deletions_and_cuts(cache: CacheFolder) -> None:
