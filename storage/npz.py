@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -14,6 +16,17 @@ import numpy as np
 from storage.errors import InputError
 from storage.unpickling import NUMPY_GLOBALS, load_restricted
 
+_MALFORMED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    ValueError,
+    EOFError,
+    MemoryError,
+    RuntimeError,  # an encrypted entry; also NotImplementedError and RecursionError
+)
+"""What zipfile and numpy raise over damaged bytes."""
 _MAX_ENTRY_BYTES = 4 << 30
 """Unpacked size of one array. HaMeR's largest evaluation set has 20,137 rows of a few hundred bytes."""
 
@@ -32,7 +45,7 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray[Any, Any]
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, MemoryError, NotImplementedError) as error:
+    except _MALFORMED as error:
         raise InputError(f"{path}: not a readable npz ({error}). Wanted: a file as numpy.savez writes it.") from error
 
 
