@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -79,8 +79,9 @@ class TrainOptions(Section):
     validate_every: int = Field(default=1000, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=50, ge=1)
-    loader_workers: int = Field(default=1, ge=0)
-    """Threads that read and decode ahead of the step; 0: in the training thread. The order is the same."""
+    loader_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Threads that read and decode ahead of the step; 0: in the training thread. auto: 1 beside training on a CPU, up
+    to 8 on a GPU. The order is the same."""
 
 
 class TrainConfig(TrainOptions):
@@ -149,17 +150,47 @@ _SERVED_BY: dict[str, tuple[FeatureGrid, ...]] = {
     "paper": ("8x8-paper", "full"),
     "geometric": ("8x6-geometric", "full"),
 }
+_CACHED_ROWS: dict[FeatureGrid, int] = {"full": 16, "8x8-paper": 8, "8x6-geometric": 8}
 
 
-def grid_problem(distill: DistillConfig, grid: FeatureGrid) -> str | None:
-    """Why a cache of this grid cannot serve this student's feature loss, and which grid would; None: it can."""
+def grid_problem(distill: DistillConfig, grid: FeatureGrid, tokens: tuple[int, int] | None = None) -> str | None:
+    """Why a cache of this grid cannot serve this student's feature loss, and which grid would; None: it can.
+
+    tokens: rows and columns of the student's own map, when they are known.
+    """
     served_by = _SERVED_BY[distill.alignment]
-    if not distill.features or grid in served_by:
+    if not distill.features:
         return None
-    return (
-        f"distill.features with alignment {distill.alignment} cannot learn from a cache of grid {grid}; "
-        f"set cache.features.grid to {' or '.join(served_by)}, or change distill.alignment"
-    )
+    if grid not in served_by:
+        return (
+            f"distill.features with alignment {distill.alignment} cannot learn from a cache of grid {grid}; "
+            f"set cache.features.grid to {' or '.join(served_by)}, or change distill.alignment"
+        )
+    if tokens is None:
+        return None
+    rows, columns = tokens
+    if distill.alignment == "geometric" and not _tokens_agree(rows, columns, _CACHED_ROWS[grid]):
+        return (
+            f"alignment geometric found a student's map of {rows}x{columns} tokens, none of whose borders are those of "
+            f"the cached {grid} ones; choose a backbone with 8x8 or 16x16 tokens, or set distill.alignment to paper"
+        )
+    if grid == "8x8-paper" and tokens != (8, 8):
+        return (
+            f"a cache of grid 8x8-paper cannot teach a student's map of {rows}x{columns} tokens; "
+            "set cache.features.grid to full"
+        )
+    return None
+
+
+def _tokens_agree(rows: int, columns: int, cached_rows: int) -> bool:
+    """Whether every token border of the coarser map is one of the finer map's too.
+
+    A square map covers the whole picture, and the teacher's view is all but an eighth of it on either side; a map
+    three quarters as wide as high (a student with the teacher's own backbone) covers just the teacher's view.
+    """
+    inner = columns - 2 * (columns // 8) if columns == rows and columns % 8 == 0 else columns
+    low, high = sorted((rows, cached_rows))
+    return inner * 4 == rows * 3 and high % low == 0
 
 
 class LatencyConfig(Section):

@@ -34,6 +34,7 @@ TEACHER_OUTPUTS = (
     "teacher/keypoints_2d", "teacher/keypoints_3d", "teacher/global_orient", "teacher/hand_pose", "teacher/betas",
 )  # fmt: skip
 FEATURES = "teacher/features"
+FEATURES_SCALE = "teacher/features_scale"
 PICTURES = "pictures"
 
 
@@ -46,7 +47,9 @@ class Reader(Protocol):
     @property
     def n_views(self) -> int: ...
 
-    def read(self, rows: Sequence[int], views: Sequence[int], keys: Collection[str] | None = None) -> Batch: ...
+    def read(
+        self, rows: Sequence[int], views: Sequence[int], keys: Collection[str] | None = None, *, decoded: bool = True
+    ) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,12 @@ class TrainMix:
         return [self._rows_and_views(i, numbers) for i, numbers in enumerate(self._numbers(step))]
 
     def batch(self, step: int) -> Batch:
-        """The arrays `keys` of one step's samples, `pictures` (B,256,256,3) uint8 and `sample_id` among them."""
+        """The arrays `keys` of one step's samples, `pictures` (B,256,256,3) uint8 and `sample_id` among them.
+
+        Features come as they are stored: whoever trains multiplies them by `teacher/features_scale`, where it trains.
+        """
         parts = [
-            source.reader.read(rows.tolist(), views.tolist(), self.keys)
+            source.reader.read(rows.tolist(), views.tolist(), self.keys, decoded=False)
             for source, (rows, views) in zip(self.sources, self.draws(step), strict=True)
             if len(rows)
         ]
@@ -116,7 +122,7 @@ class TrainMix:
         for source, rows in zip(self.sources, self.held_out, strict=True):
             for start in range(0, len(rows), self.batch_size):
                 chunk = rows[start : start + self.batch_size].tolist()
-                yield source.reader.read(chunk, [0] * len(chunk), self.keys)
+                yield source.reader.read(chunk, [0] * len(chunk), self.keys, decoded=False)
 
     def _numbers(self, step: int) -> list[Ints]:
         """For each source, which of its own draws (counted from the run's start) fall into this step."""

@@ -11,7 +11,7 @@ from models.preprocessing import normalise
 from models.student import Student
 from storage.config import FeatureGrid
 from trainer.config import DistillConfig, StudentRecipe
-from trainer.data import FEATURES, LABELS, PICTURES, TEACHER_OUTPUTS
+from trainer.data import FEATURES, FEATURES_SCALE, LABELS, PICTURES, TEACHER_OUTPUTS
 from trainer.losses import FeatureLoss, label_losses, output_losses, weighted
 
 Tensors = dict[str, Tensor]
@@ -67,10 +67,18 @@ class StudentUnderTraining(nn.Module):
             parts |= _means("teacher", teacher)
         total = per_sample.sum() if distill.preset == "paper" else per_sample.mean()
         if distill.features and self.feature_loss is not None:
-            features = self.feature_loss(outputs["features"], batch[FEATURES].permute(0, 3, 1, 2)).mean()
+            features = self.feature_loss(outputs["features"], _features(batch)).mean()
             total = total + distill.features * features
             parts["teacher/features"] = features.detach()
         return total, parts, outputs
+
+
+def _features(batch: Mapping[str, Tensor]) -> Tensor:
+    """The teacher's map (B,D,H,W) as float32; int8 tokens have a scale each."""
+    features_BHWD = batch[FEATURES].float()
+    if FEATURES_SCALE in batch:
+        features_BHWD = features_BHWD * batch[FEATURES_SCALE][..., None]
+    return features_BHWD.permute(0, 3, 1, 2)
 
 
 def _group(batch: Mapping[str, Tensor], prefix: str) -> Tensors:

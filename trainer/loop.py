@@ -116,7 +116,7 @@ class _Run:
 
     def to_the_end(self, stop: threading.Event) -> None:
         recipe, watch = self.recipe, Watch()
-        batches = self.mix.batches(self.step, recipe.steps, recipe.loader_workers)
+        batches = self.mix.batches(self.step, recipe.steps, self._loader_workers())
         self.module.train()
         while self.step < recipe.steps:
             with watch.waiting():
@@ -254,6 +254,11 @@ class _Run:
             for key, value in batch.items()
             if key != "sample_id"
         }
+
+    def _loader_workers(self) -> int:
+        if self.recipe.loader_workers != "auto":
+            return self.recipe.loader_workers
+        return 1 if self.device.type == "cpu" else max(1, min(8, (os.cpu_count() or 2) - 1))
 
     def _best_dir(self, step: int) -> Path:
         return self.job.out_dir / f"best-{step}"

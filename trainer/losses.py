@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from storage.config import FeatureGrid
 from storage.errors import InputError
-from trainer.config import DistillConfig, LossWeights
+from trainer.config import DistillConfig, LossWeights, grid_problem
 
 PARAMETERS = ("global_orient", "hand_pose", "betas")
 
@@ -82,9 +82,10 @@ class FeatureLoss(nn.Module):
 
     def __init__(self, distill: DistillConfig, grid: FeatureGrid, student_CHW: tuple[int, int, int], teacher_dim: int):
         super().__init__()
-        self.preset, self.alignment, self.grid = distill.preset, distill.alignment, grid
-        student_dim, *self.student_HW = student_CHW
-        self._check_grid()
+        self.preset, self.alignment = distill.preset, distill.alignment
+        student_dim, height, width = student_CHW
+        if (problem := grid_problem(distill, grid, (height, width))) is not None:
+            raise InputError(problem)
         sizes = (teacher_dim, student_dim) if distill.preset == "paper" else (student_dim, teacher_dim)
         self.projection = nn.Identity() if student_dim == teacher_dim else nn.Conv2d(*sizes, kernel_size=1)
         self.projection.requires_grad_(distill.preset != "paper")  # the published one never reached the optimizer
@@ -92,7 +93,7 @@ class FeatureLoss(nn.Module):
     def forward(self, student_BCHW: Tensor, teacher_BDHW: Tensor) -> Tensor:
         """(B,): each sample's mean over channels and tokens."""
         student, teacher = self.aligned(student_BCHW, teacher_BDHW)
-        return (student - teacher).square().flatten(1).mean(1)
+        return (student - teacher).square().mean((1, 2, 3))
 
     def aligned(self, student_BCHW: Tensor, teacher_BDHW: Tensor) -> tuple[Tensor, Tensor]:
         """Both maps with the same channels and the same tokens."""
@@ -104,24 +105,6 @@ class FeatureLoss(nn.Module):
         if self.preset == "paper":
             return student, self.projection(teacher)
         return self.projection(student), teacher
-
-    def _check_grid(self) -> None:
-        height, width = self.student_HW
-        if self.alignment == "paper":
-            served = self.grid == "full" or (self.grid == "8x8-paper" and (height, width) == (8, 8))
-        else:
-            served = self.grid != "8x8-paper" and _tokens_agree(height, width, 16 if self.grid == "full" else 8)
-        if served:
-            return
-        if self.alignment == "geometric" and not _tokens_agree(height, width, 16):
-            raise InputError(
-                f"alignment geometric found a student's map of {height}x{width} tokens; no token grid lies on the "
-                "teacher's 16x12. Choose a backbone with 8x8 or 16x16 tokens, or distill.alignment: paper"
-            )
-        raise InputError(
-            f"the cache's grid {self.grid} cannot teach a student's {height}x{width} map with alignment "
-            f"{self.alignment}; cache.features.grid: full would"
-        )
 
 
 def _points_3d(pred: Tensor, true: Tensor, weight: Tensor) -> Tensor:
@@ -151,10 +134,3 @@ def _same_pixels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         student = student[..., width // 8 : width - width // 8]
     shared = min(height, teacher.shape[2])
     return F.avg_pool2d(student, height // shared), F.avg_pool2d(teacher, teacher.shape[2] // shared)
-
-
-def _tokens_agree(height: int, width: int, teacher_height: int) -> bool:
-    """Whether every token edge of the coarser map is one of the finer map's too."""
-    inner = width - 2 * (width // 8) if width == height and width % 8 == 0 else width
-    low, high = sorted((height, teacher_height))
-    return inner * 4 == height * 3 and low > 0 and high % low == 0

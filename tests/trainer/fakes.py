@@ -13,7 +13,9 @@ class FakeReader:
         self.ids = [f"{dataset}:{i:04d}#0" for i in range(samples)]
         self.n_views = views
 
-    def read(self, rows: Sequence[int], views: Sequence[int], keys: Collection[str] | None = None) -> dict[str, Any]:
+    def read(
+        self, rows: Sequence[int], views: Sequence[int], keys: Collection[str] | None = None, *, decoded: bool = True
+    ) -> dict[str, Any]:
         pictures = np.zeros((len(rows), 4, 4, 3), np.uint8) + 100
         return {
             "sample_id": np.array([self.ids[r] for r in rows]),

@@ -194,7 +194,7 @@ def test_which_cache_serves_which_alignment(tmp_path: Path, grid: str, alignment
     if served:
         train(job)
     else:
-        with pytest.raises(InputError, match="full would"):
+        with pytest.raises(InputError, match="or full"):
             train(job)
 
 

@@ -40,9 +40,9 @@ def test_geometric_compares_the_same_pixels(grid: FeatureGrid, shape: tuple[int,
 @pytest.mark.parametrize(
     ("distill", "grid", "student_HW", "named"),
     [
-        (PAPER, "8x6-geometric", (8, 8), "full would"),
-        (PAPER, "8x8-paper", (16, 12), "full would"),
-        (GEOMETRIC, "8x8-paper", (8, 8), "full would"),
+        (PAPER, "8x6-geometric", (8, 8), "8x8-paper or full"),
+        (PAPER, "8x8-paper", (16, 12), "grid to full"),
+        (GEOMETRIC, "8x8-paper", (8, 8), "8x6-geometric or full"),
         (GEOMETRIC, "full", (7, 7), "8x8 or 16x16"),
     ],
 )
