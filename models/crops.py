@@ -67,6 +67,9 @@ TEACHER_BOX = BoxRule(aspect=(192, 256))
 """Evaluation of the ViT teacher, which sees the inner 192 columns of 256: max(height, 4/3 width)."""
 HINT_BOX = BoxRule(rescale=2.0)
 """HInt's tight boxes, for every network."""
+DEMO_BOX = BoxRule(aspect=(192, 256), rescale=2.0)
+"""Tight boxes around detected hands, for the ViT teacher; HaMeR's demo cuts them out with `antialias`.
+Students, who know no wider box, take `HINT_BOX` there."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from models.crops import (
+    DEMO_BOX,
+    HINT_BOX,
     IDENTITY,
     STUDENT_BOX,
     TEACHER_BOX,
@@ -143,6 +145,9 @@ def test_boxes(reference: Reference) -> None:
     for source in range(4):
         assert TEACHER_BOX.side_px(scale[source]) == pytest.approx(reference.arrays[f"eval/{source}/box_size"])
         assert STUDENT_BOX.side_px(scale[source]) == pytest.approx(reference.arrays["scale_px"][source].max())
+        assert DEMO_BOX.side_px(scale[source]) == pytest.approx(reference.arrays[f"vitdet/{source}/box_size"])
+    for source in (0, PROCEDURAL):
+        assert HINT_BOX.side_px(scale[source]) == pytest.approx(reference.arrays[f"eval_rescale2/{source}/box_size"])
     wide = square_box_px(scale[PROCEDURAL] * 2, (192, 256))  # the tar of that case was packed with twice the box
     assert wide == pytest.approx(reference.arrays["tar_fixed/3_2_192x256/box_size"])
 
