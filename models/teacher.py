@@ -67,6 +67,8 @@ class Teacher(nn.Module):
 
     def __init__(self, network: Hamer, precision: Precision, report: KeyReport) -> None:
         super().__init__()
+        if precision == "bf16":
+            _store_products_in_bf16(network)
         self.network = network.eval().requires_grad_(False)
         self.precision = precision
         self.report = report
@@ -110,10 +112,7 @@ def load_teacher(
     report = _checked_report(path, tensors, network, own_hand_model=mano_model is not None)
     learnt = {name: _weight(path, name, tensors[name], device) for name in report.used if name.startswith(_LEARNT)}
     network.load_state_dict(learnt | _under("mano.", mano.state_dict()), strict=True, assign=True)
-    network.to(device)
-    if precision == "bf16":
-        _store_products_in_bf16(network)
-    return Teacher(network, precision, report)
+    return Teacher(network.to(device), precision, report)
 
 
 def teacher_hand_model(checkpoint: str | Path, mano_model: str | Path | None = None) -> HandModel:

@@ -1,0 +1,154 @@
+"""How fast the full-size teacher looks at pictures, beside the same network with unfused attention and beside the time
+that its matrix products alone take on this machine: the ceiling that no implementation passes.
+
+    python benchmarks/teacher_forward.py [--quick] [--json FILE] [--batch N] [--device cpu|cuda]
+
+The weights are random: their values do not change the time. The three ways take turns, and the best of their turns
+counts, so that a busy machine slows all of them alike. `--quick`: a ViT-H of two blocks instead of thirty-two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.hamer import Hamer, HamerConfig
+from models.hand_model import OPEN_HAND, load_hand_model
+from models.mano import ManoLayer
+from models.preprocessing import IMAGE_SIZE
+from models.teacher import KeyReport, Precision, Teacher
+from models.vit import GRID_HW, VitSizes
+
+TOKENS = GRID_HW[0] * GRID_HW[1]
+
+
+def random_teacher(sizes: VitSizes, device: torch.device, precision: Precision) -> Teacher:
+    """A teacher of the official layout with small random weights."""
+    hand_model = load_hand_model(OPEN_HAND)
+    mano = ManoLayer(hand_model)
+    with torch.device("meta"):
+        network = Hamer(HamerConfig(vit=sizes), mano)
+    for part in (network.backbone, network.mano_head):
+        part.to_empty(device=device)
+        for parameter in part.parameters():
+            nn.init.normal_(parameter, std=0.02)
+    network.mano_head.start_from_mean(hand_model)
+    return Teacher(network.to(device), precision, KeyReport((), {}, (), ()))
+
+
+def matrix_products(teacher: Teacher, batch: int) -> tuple[Callable[[], None], float]:
+    """Run every product of one forward pass, with the teacher's own weights and nothing between; and its GFLOP.
+
+    Both products of the backbone's attention are among them. The head's, on one token a picture, are left out, but for
+    its look at the feature map.
+    """
+    network = teacher.network
+    heads, dtype, device = (
+        network.config.vit.num_heads,
+        network.backbone.blocks[0].mlp.fc1.weight.dtype,
+        _device(network),
+    )
+    looks = [module for name, module in network.mano_head.named_modules() if name.endswith("to_kv")]
+    linears = [module for module in network.backbone.modules() if isinstance(module, nn.Linear)] + looks
+    weights_OI: list[Tensor] = [network.backbone.patch_embed.proj.weight.flatten(1)]
+    weights_OI += [module.weight for module in linears]
+    inputs = {width: torch.randn(batch * TOKENS, width, device=device, dtype=dtype) for width in _sizes(weights_OI, 1)}
+    outputs = {width: torch.empty(batch * TOKENS, width, device=device, dtype=dtype) for width in _sizes(weights_OI, 0)}
+    width = network.config.vit.embed_dim // heads
+    q_NTD = torch.randn(batch * heads, TOKENS, width, device=device, dtype=dtype)
+    scores_NTT = torch.empty(batch * heads, TOKENS, TOKENS, device=device, dtype=dtype)
+    mixed_NTD = torch.empty_like(q_NTD)
+
+    def run() -> None:
+        for weight in weights_OI:
+            torch.mm(inputs[weight.shape[1]], weight.T, out=outputs[weight.shape[0]])
+        for _ in network.backbone.blocks:
+            torch.bmm(q_NTD, q_NTD.mT, out=scores_NTT)
+            torch.bmm(scores_NTT, q_NTD, out=mixed_NTD)
+
+    products = 2 * batch * TOKENS * sum(weight.numel() for weight in weights_OI)
+    attention = 2 * 2 * len(network.backbone.blocks) * scores_NTT.numel() * width
+    return run, (products + attention) / 1e9
+
+
+def _sizes(weights: list[Tensor], axis: int) -> set[int]:
+    return {weight.shape[axis] for weight in weights}
+
+
+def best_seconds(ways: dict[str, Callable[[], object]], turns: int, device: torch.device) -> dict[str, float]:
+    """The shortest of each way's turns, after one that does not count."""
+    best = dict.fromkeys(ways, float("inf"))
+    for turn in range(turns + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - started)
+    return best
+
+
+@torch.no_grad()
+def measure(sizes: VitSizes, batch: int, turns: int, device: torch.device) -> tuple[dict[str, float], float]:
+    """Seconds a batch of each way, and the GFLOP of a batch."""
+    precision: Precision = "bf16" if device.type == "cuda" else "fp32"
+    teacher = random_teacher(sizes, device, precision)
+    images = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    products, gflop = matrix_products(teacher, batch)
+
+    def unfused() -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            teacher(images)
+
+    ways: dict[str, Callable[[], object]] = {"ours": lambda: teacher(images), "unfused": unfused, "products": products}
+    return best_seconds(ways, turns, device), gflop
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--batch", type=int, help="pictures a forward pass (4 on a CPU, 64 on a GPU)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    batch = arguments.batch or (64 if device.type == "cuda" else 4)
+    sizes = VitSizes(depth=2) if arguments.quick else VitSizes()
+    seconds, gflop = measure(sizes, batch, turns=20 if device.type == "cuda" else 3, device=device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+    whats = {"ours": "the teacher", "unfused": "with unfused attention", "products": "its matrix products alone"}
+    report = {
+        "name": "teacher_forward",
+        "machine": f"{platform.processor() or platform.machine()}, {name}, {torch.get_num_threads()} threads",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "rows": [
+            {"what": f"{what}, batch {batch}, depth {sizes.depth}", "value": batch / seconds[way], "unit": "pictures/s"}
+            for way, what in whats.items()
+        ]
+        + [{"what": "products' rate", "value": gflop / seconds["products"], "unit": "GFLOP/s"}]
+        + [{"what": "a picture's products", "value": gflop / batch, "unit": "GFLOP"}],
+        "ratios": {
+            "of_gemm_ceiling": seconds["products"] / seconds["ours"],
+            "fused_over_unfused": seconds["unfused"] / seconds["ours"],
+        },
+    }
+    print(json.dumps(report, indent=2))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
