@@ -22,7 +22,8 @@ class DistillConfig(Section):
     outputs: float | None = Field(default=None, ge=0)
     """Weight of the output-level loss (MANO parameters, 2D and 3D joints)."""
     features: float | None = Field(default=None, ge=0)
-    """Weight of the feature-level loss."""
+    """Weight of the feature-level loss, a mean over channels and tokens. The paper's 0.3 * 6 = 1.8 stands beside label
+    losses summed over its batch of 8; beside those of the corrected preset, means over the batch, its like is 0.225."""
     preset: Literal["corrected", "paper"] = "corrected"
     """paper: Fast-HaMeR's published losses to the bit, its frozen random projection included. corrected: trainable
     projection, sums over points and means over the batch."""
