@@ -76,18 +76,16 @@ class HandLooks:
             shape=(count, len(self.faces)),
         )
         normals = self.normals(rest)
-        axes = rest_axes(hand)
-        self.palm = _palm_share(normals)
-        self.nail = np.zeros(count)
-        self.red = np.zeros(count)
+        backs = -rest_axes(hand).abduction
+        self.palm = 1 / (1 + np.exp(7 * (normals[:, 1] + 0.1)))
+        """(V,) 1 on the palm's side of the flat hand, 0 on its back."""
+        self.nail, self.red = np.zeros(count), np.zeros(count)
         for finger, tip in zip(("thumb", *FINGERS), FINGERTIP_VERTICES, strict=True):
-            last = BASE_JOINTS[finger] + 2
-            back = -axes.abduction[last - 1]
-            self.nail = np.maximum(self.nail, _nail(rest, normals, joints[last], rest[tip], back))
-            for joint in (last - 2, last - 1, last):
-                near = np.exp(-np.sum((rest - joints[joint]) ** 2, axis=1) / (2 * 0.009**2))
-                self.red = np.maximum(self.red, near * (1 - self.palm))
-            self.red = np.maximum(self.red, 0.8 * np.exp(-np.sum((rest - rest[tip]) ** 2, axis=1) / (2 * 0.010**2)))
+            base = BASE_JOINTS[finger]
+            knuckles = np.max([_near(rest, joints[joint], 0.009) for joint in range(base, base + 3)], axis=0)
+            redness = np.maximum(knuckles * (1 - self.palm), 0.8 * _near(rest, rest[tip], 0.010))
+            self.red = np.maximum(self.red, redness)
+            self.nail = np.maximum(self.nail, _nail(rest, normals, joints[base + 2], rest[tip], backs[base + 1]))
         self._rest = rest
 
     def normals(self, vertices: Floats) -> Floats:
@@ -116,7 +114,9 @@ class HandLooks:
         return np.asarray(np.clip(albedo * (1 + 0.16 * waves + grain)[:, None], 0.01, 0.95))
 
     def arm_meshes(self, vertices: Floats, skin: Skin, arm: Arm) -> list[Mesh]:
-        """The forearm and its sleeve behind a hand posed in its own frame, (V, 3)."""
+        """The forearm and its sleeve behind a hand posed in its own frame, (V, 3); none where the mesh has no rim."""
+        if not len(self.rim):
+            return []
         rings = _arm_rings(vertices[self.rim], arm)
         along = np.linspace(0, _ARM_LENGTH_M, len(rings))
         bare = min(int(np.searchsorted(along, arm.cuff_m)) + 2, len(rings))
@@ -155,9 +155,9 @@ def _boundary(faces: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.array(ring, dtype=np.int64)
 
 
-def _palm_share(normals: Floats) -> Floats:
-    """(V,) 1 on the palm's side, 0 on the back, of the flat hand; the thumb's pad counts as well."""
-    return np.asarray(1 / (1 + np.exp(-7 * (-normals[:, 1] - 0.1))))
+def _near(rest: Floats, centre: Floats, reach_m: float) -> Floats:
+    """(V,) 1 at the centre, falling off like a bell of this width."""
+    return np.asarray(np.exp(-np.sum((rest - centre) ** 2, axis=1) / (2 * reach_m**2)))
 
 
 def _nail(rest: Floats, normals: Floats, joint: Floats, tip: Floats, back: Floats) -> Floats:
@@ -178,7 +178,7 @@ def _arm_rings(rim: Floats, arm: Arm) -> Floats:
     distance = steps * _ARM_LENGTH_M / (_ARM_RINGS - 1)
     bent = np.minimum(1.0, steps / 4)[:, None]  # the bend is over within four rings, six centimetres
     # Fingers along -x and palm towards -y: the arm turns against the hand about y and z.
-    turns = rotation_matrices(bent * [0.0, -arm.deviation_rad, 0.0])
+    turns = rotation_matrices(bent * [0.0, arm.deviation_rad, 0.0])
     turns = turns @ rotation_matrices(bent * [0.0, 0.0, -arm.flexion_rad])
     middle = rim.mean(axis=0)
     middles = middle + np.cumsum(turns[:, :, 0] * np.diff(distance, prepend=0)[:, None], axis=0)
