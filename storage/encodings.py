@@ -41,30 +41,37 @@ def grid_shape(grid: FeatureGrid, teacher_shape: tuple[int, int]) -> tuple[int, 
     return teacher_shape[0] // 2, teacher_shape[1] // 2
 
 
-def to_grid(features_BCHW: Floats, grid: FeatureGrid) -> Floats:
-    """The teacher's map (B,C,H,W) on the stored grid: (B,C,h,w) float32.
+def to_grid(features_BHWC: Floats, grid: FeatureGrid) -> Floats:
+    """The teacher's map on the stored grid: (B,h,w,C) float32. Channels last, so that all sums run along memory.
 
     full: unchanged. 8x8-paper: bilinear without antialias, as torch's `interpolate(scale_factor=(8/H, 8/W),
     align_corners=False)` does it in Fast-HaMeR. 8x6-geometric: means of 2x2 tokens, which cover the same part of the
     picture as the inner six columns of a student's 8x8 map.
     """
     if grid == "full":
-        return features_BCHW
+        return features_BHWC
     if grid == "8x8-paper":
-        return _resize_last(_resize_last(features_BCHW.swapaxes(2, 3), _PAPER_SIZE).swapaxes(2, 3), _PAPER_SIZE)
-    rows = features_BCHW[:, :, 0::2] + features_BCHW[:, :, 1::2]
-    means: Floats = (rows[..., 0::2] + rows[..., 1::2]) * np.float32(0.25)
+        return _resize(_resize(features_BHWC, 1, _PAPER_SIZE), 2, _PAPER_SIZE)
+    rows = features_BHWC[:, 0::2] + features_BHWC[:, 1::2]
+    means: Floats = rows[:, :, 0::2] + rows[:, :, 1::2]
+    means *= np.float32(0.25)
     return means
 
 
-def _resize_last(values: Floats, size: int) -> Floats:
-    """Bilinear resize of the last axis, half-pixel centres, edges clamped."""
-    length = values.shape[-1]
+def _resize(values: Floats, axis: int, size: int) -> Floats:
+    """Bilinear resize of one axis, half-pixel centres, edges clamped."""
+    length = values.shape[axis]
     source = np.maximum((np.arange(size) + 0.5) * (length / size) - 0.5, 0.0)
     low = np.minimum(source.astype(np.int64), length - 1)
     high = np.minimum(low + 1, length - 1)
-    share = (source - low).astype(np.float32)
-    resized: Floats = values[..., low] * (np.float32(1) - share) + values[..., high] * share
+    along_axis = [1] * values.ndim
+    along_axis[axis] = size
+    share = (source - low).astype(np.float32).reshape(along_axis)
+    resized: Floats = np.take(values, low, axis)
+    resized *= np.float32(1) - share
+    above = np.take(values, high, axis)
+    above *= share
+    resized += above
     return resized
 
 
@@ -76,10 +83,12 @@ def encode_features(features_BhwC: Floats, encoding: FeatureEncoding) -> tuple[N
     if encoding == "float16":
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(features_BhwC, dtype=np.float16), None
-    scale: Floats = np.abs(features_BhwC).max(axis=-1) * np.float32(1 / INT8_LIMIT)
-    divisor = np.where(scale > 0, scale, np.float32(1))[..., None]
-    rounded = np.rint(features_BhwC / divisor).clip(-INT8_LIMIT, INT8_LIMIT)
-    return np.ascontiguousarray(rounded, dtype=np.int8), np.ascontiguousarray(scale)
+    magnitude = np.maximum(features_BhwC.max(axis=-1), -features_BhwC.min(axis=-1))
+    scale: Floats = magnitude * np.float32(1 / INT8_LIMIT)
+    scaled = features_BhwC / np.where(scale > 0, scale, np.float32(1))[..., None]
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, -INT8_LIMIT, INT8_LIMIT, out=scaled)  # the largest magnitude may come out as 127.00001
+    return scaled.astype(np.int8), scale
 
 
 def representable(features_hwC: Floats, encoding: FeatureEncoding) -> bool:

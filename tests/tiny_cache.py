@@ -157,8 +157,8 @@ def teacher(
 ) -> dict[str, NDArray[Any]]:
     """A teacher's answers for one sample: proper rotations, a camera, encoded features."""
     f4 = np.float32
-    features = to_grid(rng.normal(0, 1, (views, channels, 16, 12)).astype(f4), grid)
-    stored, scale = encode_features(features.transpose(0, 2, 3, 1), encoding)
+    features = to_grid(rng.normal(0, 1, (views, 16, 12, channels)).astype(f4), grid)
+    stored, scale = encode_features(features, encoding)
     joints = (rng.normal(0, 0.04, (views, 21, 3))).astype(f4)
     values: dict[str, NDArray[Any]] = {
         layout.FEATURES: stored,

@@ -91,7 +91,7 @@ def test_stored_views_are_the_crops_and_the_teacher_saw_the_stored_pixels(tmp_pa
             batch[0] = pixels
             said = forward(batch)
             np.testing.assert_array_equal(sample["teacher/cam"][view], said["cam"][0])
-            features = to_grid(said["features"], "8x6-geometric")[0].transpose(1, 2, 0)
+            features = to_grid(said["features"].transpose(0, 2, 3, 1), "8x6-geometric")[0]
             step = np.abs(features).max(axis=-1, keepdims=True) / 127
             assert (np.abs(sample["teacher/features"][view] - features) <= step * 0.51).all()
 

@@ -25,23 +25,27 @@ from storage.encodings import (
 from storage.errors import DamageError
 
 
-def features(shape: tuple[int, ...] = (2, 40, 16, 12)) -> NDArray[np.float32]:
+def features(shape: tuple[int, ...] = (2, 16, 12, 40)) -> NDArray[np.float32]:
     return np.random.default_rng(0).normal(0, 3, shape).astype(np.float32)
 
 
+def channels_first(values_BHWC: NDArray[np.float32]) -> torch.Tensor:
+    return torch.from_numpy(values_BHWC).permute(0, 3, 1, 2)
+
+
 def test_paper_grid_is_torchs_interpolate() -> None:
-    wanted = interpolate(torch.from_numpy(features()), scale_factor=(8 / 16, 8 / 12), mode="bilinear").numpy()
-    np.testing.assert_allclose(to_grid(features(), "8x8-paper"), wanted, rtol=1e-6, atol=1e-6)
+    wanted = interpolate(channels_first(features()), scale_factor=(8 / 16, 8 / 12), mode="bilinear")
+    np.testing.assert_allclose(channels_first(to_grid(features(), "8x8-paper")), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_geometric_grid_is_average_pooling() -> None:
-    wanted = avg_pool2d(torch.from_numpy(features()), 2).numpy()
-    np.testing.assert_allclose(to_grid(features(), "8x6-geometric"), wanted, rtol=1e-6, atol=1e-6)
+    wanted = avg_pool2d(channels_first(features()), 2)
+    np.testing.assert_allclose(channels_first(to_grid(features(), "8x6-geometric")), wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("grid", ["full", "8x8-paper", "8x6-geometric"])
 def test_grid_shapes(grid: str) -> None:
-    assert to_grid(features(), grid).shape[2:] == grid_shape(grid, (16, 12))  # type: ignore[arg-type]
+    assert to_grid(features(), grid).shape[1:3] == grid_shape(grid, (16, 12))  # type: ignore[arg-type]
 
 
 def decoded(values: NDArray[np.float32], encoding: FeatureEncoding) -> NDArray[np.float32]:
