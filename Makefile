@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow check lint types contracts bench clean-demo
+.PHONY: setup demo test test-slow real-hands check lint types contracts bench
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ test: $(STAMP)  ## the default suite
 
 test-slow: $(STAMP)  ## full-size networks, fault and fuzz tests
 	$(BIN)/python -m pytest -m slow
+
+real-hands: $(STAMP)  ## the whole pipeline on real photographs with a full-size teacher of seeded weights
+	test -e runs/real-hands/hamer || $(BIN)/python ../shared/reference/make_checkpoint.py runs/real-hands/hamer
+	$(BIN)/handstill -c tests/e2e/real-hands.yaml run
 
 check: lint types contracts test  ## what CI runs
 

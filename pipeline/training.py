@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -149,7 +150,13 @@ class _Reporter:
 
     def on_end(self, result: TrainResult) -> None:
         self._tracker.artifact(self._run_id, result.student, "student")
-        append_event(self._unit.events, "train_done", unit=self._unit.label, step=result.steps)
+        append_event(
+            self._unit.events,
+            "train_done",
+            unit=self._unit.label,
+            step=result.steps,
+            teacher_imported="models.teacher" in sys.modules,
+        )
 
 
 def train_unit(unit: TrainUnit) -> TrainResult:
