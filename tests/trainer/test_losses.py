@@ -27,6 +27,13 @@ def test_the_corrected_projection_trains_and_reads_the_student() -> None:
     assert all(p.requires_grad for p in projection.parameters())
 
 
+def test_nothing_trains_the_target_of_the_corrected_loss() -> None:
+    loss = FeatureLoss(PAPER, "8x8-paper", (24, 8, 8), 40)
+    student, target = loss.aligned(torch.zeros(2, 24, 8, 8), torch.zeros(2, 40, 8, 8))
+    assert student.requires_grad
+    assert not target.requires_grad  # if it did, shrinking both maps to zero would be the best answer
+
+
 @pytest.mark.parametrize(("grid", "shape"), [("full", (16, 12)), ("8x6-geometric", (8, 6))])
 def test_geometric_compares_the_same_pixels(grid: FeatureGrid, shape: tuple[int, int]) -> None:
     columns = torch.arange(256.0)  # a map that names the pixel column it stands on
