@@ -20,6 +20,7 @@ _SHOWN_PX = 192
 def sheet(pictures: NDArray[np.uint8], true: NDArray[Any], pred: NDArray[Any], columns: int = 4) -> bytes:
     """A PNG of all pictures (N,256,256,3) with both skeletons (N,21,2+) in crop units (-0.5..0.5)."""
     tiles = [_tile(*each) for each in zip(pictures, true, pred, strict=True)]
+    columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     page = Image.new("RGB", (columns * _SHOWN_PX, rows * _SHOWN_PX))
     for i, tile in enumerate(tiles):

@@ -171,16 +171,18 @@ def _signed(value: float | None) -> str:
 
 def _trade_off(document: Document, dataset: str, metric: str) -> Figure:
     figure, axes = _axes()
-    for group in document["by_student"]:
-        value = group["metrics"].get(dataset, {}).get(metric)
-        if value is not None and group["fps"]:
-            axes.scatter(group["fps"], value, s=40)
-            axes.annotate(group["name"], (group["fps"], value), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    for name, scores in (("teacher", document["teacher"]["metrics"]), ("mean pose", document["teacher"]["mean_pose"])):
+    teacher = document["teacher"]
+    for each in (*document["by_student"], {**teacher, "name": "teacher"}):
+        value, marker = each["metrics"].get(dataset, {}).get(metric), "*" if each["name"] == "teacher" else "o"
+        if value is not None and each["fps"]:
+            axes.scatter(each["fps"], value, s=50, marker=marker)
+            axes.annotate(each["name"], (each["fps"], value), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    for name, scores in (("teacher", teacher["metrics"]), ("mean pose", teacher["mean_pose"])):
         value = scores.get(dataset, {}).get(metric)
         if value is not None:
             axes.axhline(value, linestyle="--", color="grey", linewidth=1)
             axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set_xlim(0, 1.2 * axes.get_xlim()[1])
     axes.set_xlabel("pictures a second, one at a time")
     axes.set_ylabel(f"{_TITLES[metric]}, {dataset}")
     return figure
