@@ -54,11 +54,8 @@ def matrix_products(teacher: Teacher, batch: int) -> tuple[Callable[[], None], f
     its look at the feature map.
     """
     network = teacher.network
-    heads, dtype, device = (
-        network.config.vit.num_heads,
-        network.backbone.blocks[0].mlp.fc1.weight.dtype,
-        _device(network),
-    )
+    heads, first = network.config.vit.num_heads, network.backbone.blocks[0].mlp.fc1.weight
+    dtype, device = first.dtype, first.device
     looks = [module for name, module in network.mano_head.named_modules() if name.endswith("to_kv")]
     linears = [module for module in network.backbone.modules() if isinstance(module, nn.Linear)] + looks
     weights_OI: list[Tensor] = [network.backbone.patch_embed.proj.weight.flatten(1)]
