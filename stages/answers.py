@@ -16,19 +16,21 @@ from numpy.typing import NDArray
 
 from stages.preparation import PreparedBatch, PreparedView, ShardJob
 from storage import layout
-from storage.encodings import PICTURE_SIZE_PX, decode_features, encode_features, representable, to_grid
+from storage.config import FeatureEncoding, FeatureGrid
+from storage.encodings import PICTURE_SIZE_PX, decode_features, encode_features, representable
 from storage.ledger import Quarantined
 from storage.shards import ShardWriter
 
 OUTPUTS = ("global_orient", "hand_pose", "betas", "cam", "keypoints_2d", "keypoints_3d")
 """What is stored of the teacher's answers, besides its features."""
 
-Forward = Callable[[NDArray[np.uint8]], Mapping[str, NDArray[Any]]]
-"""Pictures (B,256,256,3) uint8 RGB -> `features` (B,C,16,12) and OUTPUTS: float32 arrays of B entries, new each time.
-Features that lie channels-last in memory are stored without a copy."""
+Forward = Callable[[NDArray[np.uint8], FeatureGrid], Mapping[str, NDArray[Any]]]
+"""(pictures (B,256,256,3) uint8 RGB, grid) -> `features` (B,h,w,C) on that grid, and OUTPUTS: B entries each, float32,
+new arrays at each call. The grid is the forward's business because it is cheap where the features are: on the device.
+"""
 
 BATCHES_BEHIND = 2
-"""How many answered batches may wait to be stored: 63 MB each at 64 views of 1280 channels."""
+"""How many answered batches may wait to be stored: 63 MB each at 64 views of the full grid."""
 
 
 def fill_shard(
@@ -40,10 +42,11 @@ def fill_shard(
     writes, in order.
     """
     filler = _Filler(job, writer)
+    grid = job.settings.features.grid
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="store") as storing:
         for batch in batches:
-            outputs = run_padded(forward, batch.pictures, job.settings.batch_size) if batch.views else {}
+            outputs = run_padded(forward, batch.pictures, grid, job.settings.batch_size) if batch.views else {}
             waiting.append(storing.submit(filler.take, batch, outputs))
             if len(waiting) > BATCHES_BEHIND:
                 waiting.popleft().result()
@@ -53,7 +56,9 @@ def fill_shard(
     return filler.left_out
 
 
-def run_padded(forward: Forward, pictures: NDArray[np.uint8], batch_size: int) -> dict[str, NDArray[np.float32]]:
+def run_padded(
+    forward: Forward, pictures: NDArray[np.uint8], grid: FeatureGrid, batch_size: int
+) -> dict[str, NDArray[np.float32]]:
     """The forward pass at exactly `batch_size`, padded with black pictures; the answers to the m real ones.
 
     One fixed size, because another one picks other kernels and moves the last bits of every answer.
@@ -63,7 +68,7 @@ def run_padded(forward: Forward, pictures: NDArray[np.uint8], batch_size: int) -
     if m < batch_size:
         padding = np.zeros((batch_size - m, PICTURE_SIZE_PX, PICTURE_SIZE_PX, 3), np.uint8)
         pictures = np.concatenate([pictures, padding])
-    outputs = forward(pictures)
+    outputs = forward(pictures, grid)
     return {name: np.asarray(outputs[name][:m], np.float32) for name in ("features", *OUTPUTS)}
 
 
@@ -113,10 +118,10 @@ class _Filler:
     ) -> Iterator[tuple[dict[str, NDArray[Any]], str | None]]:
         """Each view's stored values, and why it must not be stored if it must not."""
         encoding = self._settings.features.encoding
-        grid_BhwC = to_grid(_channels_last(outputs["features"]), self._settings.features.grid)
-        sound = [representable(view, encoding) for view in grid_BhwC]
+        features_BhwC = outputs["features"]
+        sound = [representable(view, encoding) for view in features_BhwC]
         with np.errstate(invalid="ignore"):  # of a view that is not sound, and not stored
-            stored, scale = encode_features(grid_BhwC, encoding)
+            stored, scale = encode_features(features_BhwC, encoding)
         for item in range(len(stored)):
             values = {layout.FEATURES: stored[item]} | ({} if scale is None else {layout.FEATURES_SCALE: scale[item]})
             values |= {f"teacher/{name}": outputs[name][item] for name in OUTPUTS}
@@ -125,15 +130,10 @@ class _Filler:
             yield values, f"not-finite: the teacher's {', '.join(wrong)}" if wrong else None
 
 
-def as_stored(features_BCHW: NDArray[np.float32], features: Mapping[str, Any]) -> NDArray[np.float32]:
-    """Features through a cache's grid and encoding (`features` of its identity), and back: (m,h,w,C)."""
-    grid_BhwC = to_grid(_channels_last(features_BCHW), features["grid"])
-    stored, scale = encode_features(grid_BhwC, features["encoding"])
-    decoded = np.empty(grid_BhwC.shape, np.float32)
+def as_stored(features_BhwC: NDArray[np.float32], encoding: FeatureEncoding) -> NDArray[np.float32]:
+    """Features through an encoding and back."""
+    stored, scale = encode_features(features_BhwC, encoding)
+    decoded = np.empty(features_BhwC.shape, np.float32)
     for item in range(len(stored)):
         decode_features(stored[item], None if scale is None else scale[item], decoded[item])
     return decoded
-
-
-def _channels_last(features_BCHW: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.ascontiguousarray(features_BCHW.transpose(0, 2, 3, 1))

@@ -23,8 +23,9 @@ from stages.answers import OUTPUTS, Forward, as_stored, fill_shard, run_padded
 from stages.preparation import PreparedBatch, ShardJob, TeachSettings, prepared_batches
 from storage import layout
 from storage.cache import CacheFolder
+from storage.config import FeatureGrid
 from storage.durable import partial_path, publish_directory, remove_tree
-from storage.encodings import JPEG_SUBSAMPLING
+from storage.encodings import JPEG_SUBSAMPLING, PAPER_SIZE, bilinear_taps
 from storage.errors import DamageError
 from storage.ledger import Quarantined, ShardRecord, write_record
 from storage.reading import PICTURES, CacheReader
@@ -32,7 +33,7 @@ from storage.shards import ShardHeader, ShardWriter
 from storage.verification import quick_check
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = [
     "Forward",
@@ -203,12 +204,13 @@ def recheck_rows(
     view: which view of each sample; None: they take turns.
     """
     batch_size = int(reader.identity["teacher"]["batch_size"])
+    features = reader.identity["features"]
     views = [position % reader.n_views if view is None else view for position in positions]
     for start in range(0, len(positions), batch_size):
         rows, at = positions[start : start + batch_size], views[start : start + batch_size]
         stored = reader.read(rows, at)
-        today = run_padded(forward, stored[PICTURES], batch_size)
-        today["features"] = as_stored(today["features"], reader.identity["features"])
+        today = run_padded(forward, stored[PICTURES], features["grid"], batch_size)
+        today["features"] = as_stored(today["features"], features["encoding"])
         for item, (sample_id, which) in enumerate(zip(stored[layout.SAMPLE_ID], at, strict=True)):
             errors = {
                 name: _relative(today[name][item], stored[f"teacher/{name}"][item]) for name in ("features", *OUTPUTS)
@@ -228,15 +230,33 @@ def teacher_forward(teacher: nn.Module, device: str = "cpu") -> Forward:
 
     from models.preprocessing import normalise
 
-    def forward(pictures: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def forward(pictures: NDArray[np.uint8], grid: FeatureGrid) -> Mapping[str, NDArray[Any]]:
         with torch.inference_mode():
             outputs = teacher(normalise(torch.from_numpy(pictures).to(device)))
-            # channels last in memory, where it is cheap: what follows runs along channels
             features_BHWC = outputs["features"].float().permute(0, 2, 3, 1).contiguous()
-        answers = {name: outputs[name].float().cpu().numpy() for name in OUTPUTS}
-        return {"features": features_BHWC.cpu().numpy().transpose(0, 3, 1, 2), **answers}
+            outputs["features"] = _to_grid_on_device(features_BHWC, grid)
+        return {name: outputs[name].float().cpu().numpy() for name in ("features", *OUTPUTS)}
 
     return forward
+
+
+def _to_grid_on_device(features_BHWC: Tensor, grid: FeatureGrid) -> Tensor:
+    """`storage.encodings.to_grid`, sum for sum, before the features leave the device: a third of the bytes to copy."""
+    import torch
+
+    if grid == "full":
+        return features_BHWC
+    if grid == "8x6-geometric":
+        rows = features_BHWC[:, 0::2] + features_BHWC[:, 1::2]
+        return (rows[:, :, 0::2] + rows[:, :, 1::2]) * 0.25
+    for axis in (1, 2):
+        low, high, share = bilinear_taps(features_BHWC.shape[axis], PAPER_SIZE)
+        weight = torch.from_numpy(share).to(features_BHWC).reshape([-1 if at == axis else 1 for at in range(4)])
+        below, above = (
+            features_BHWC.index_select(axis, torch.from_numpy(taps).to(features_BHWC.device)) for taps in (low, high)
+        )
+        features_BHWC = below * (1 - weight) + above * weight
+    return features_BHWC
 
 
 def numerics(device: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ JPEG_SUBSAMPLING = "420"
 INT8_LIMIT = 127
 """Symmetric: -128 is not used, so that a token and its negative are stored alike."""
 
-_PAPER_SIZE = 8
+PAPER_SIZE = 8
 """Fast-HaMeR resizes the teacher's map to its students' 8x8."""
 
 
@@ -37,7 +37,7 @@ def grid_shape(grid: FeatureGrid, teacher_shape: tuple[int, int]) -> tuple[int, 
     if grid == "full":
         return teacher_shape
     if grid == "8x8-paper":
-        return _PAPER_SIZE, _PAPER_SIZE
+        return PAPER_SIZE, PAPER_SIZE
     return teacher_shape[0] // 2, teacher_shape[1] // 2
 
 
@@ -51,7 +51,7 @@ def to_grid(features_BHWC: Floats, grid: FeatureGrid) -> Floats:
     if grid == "full":
         return features_BHWC
     if grid == "8x8-paper":
-        return _resize(_resize(features_BHWC, 1, _PAPER_SIZE), 2, _PAPER_SIZE)
+        return _resize(_resize(features_BHWC, 1, PAPER_SIZE), 2, PAPER_SIZE)
     rows = features_BHWC[:, 0::2] + features_BHWC[:, 1::2]
     means: Floats = rows[:, :, 0::2] + rows[:, :, 1::2]
     means *= np.float32(0.25)
@@ -59,20 +59,26 @@ def to_grid(features_BHWC: Floats, grid: FeatureGrid) -> Floats:
 
 
 def _resize(values: Floats, axis: int, size: int) -> Floats:
-    """Bilinear resize of one axis, half-pixel centres, edges clamped."""
-    length = values.shape[axis]
-    source = np.maximum((np.arange(size) + 0.5) * (length / size) - 0.5, 0.0)
-    low = np.minimum(source.astype(np.int64), length - 1)
-    high = np.minimum(low + 1, length - 1)
+    low, high, share = bilinear_taps(values.shape[axis], size)
     along_axis = [1] * values.ndim
     along_axis[axis] = size
-    share = (source - low).astype(np.float32).reshape(along_axis)
+    share = share.reshape(along_axis)
     resized: Floats = np.take(values, low, axis)
     resized *= np.float32(1) - share
     above = np.take(values, high, axis)
     above *= share
     resized += above
     return resized
+
+
+def bilinear_taps(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+    """Which two neighbours each of `size` outputs lies between, and the share of the second.
+
+    Half-pixel centres, edges clamped.
+    """
+    source = np.maximum((np.arange(size) + 0.5) * (length / size) - 0.5, 0.0)
+    low = np.minimum(source.astype(np.int64), length - 1)
+    return low, np.minimum(low + 1, length - 1), (source - low).astype(np.float32)
 
 
 def encode_features(features_BhwC: Floats, encoding: FeatureEncoding) -> tuple[NDArray[Any], Floats | None]:

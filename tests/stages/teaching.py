@@ -14,7 +14,8 @@ from stages.config import HamerTarDataset
 from stages.ingest import scan_source
 from stages.teach import Forward, ShardJob, TeachSettings, prepared_batches, teach_identity, teach_shard
 from storage.cache import CacheFolder
-from storage.config import CacheConfig, FeaturesConfig
+from storage.config import CacheConfig, FeatureGrid, FeaturesConfig
+from storage.encodings import to_grid
 from storage.manifest import Role, shards_of
 from storage.snapshots import build_snapshot, publish_snapshot, write_head
 from tests import tars
@@ -29,14 +30,14 @@ def settings(role: Role = "train", cache: CacheConfig = CACHE, seed: int = 0) ->
     return TeachSettings.of(role, cache, BATCH_SIZE, seed)
 
 
-def forward(pictures: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+def forward(pictures: NDArray[np.uint8], grid: FeatureGrid) -> Mapping[str, NDArray[Any]]:
     """A teacher: every answer follows from its own picture alone, and the batch size must be the fixed one."""
     assert pictures.shape == (BATCH_SIZE, 256, 256, 3)
     patches_Bxyc = pictures.astype(np.float32).reshape(BATCH_SIZE, 16, 16, 16, 16, 3).mean(axis=(2, 4)) / 255
-    features = patches_Bxyc[:, :, 2:14].transpose(0, 3, 1, 2)
+    features = patches_Bxyc[:, :, 2:14]
     mean = features.mean(axis=(1, 2, 3))
     return {
-        "features": features,
+        "features": to_grid(features, grid),
         "global_orient": np.eye(3, dtype=np.float32) * mean[:, None, None, None],
         "hand_pose": np.tile(np.eye(3, dtype=np.float32), (BATCH_SIZE, 15, 1, 1)) * mean[:, None, None, None],
         "betas": np.outer(mean, np.arange(10)).astype(np.float32),

@@ -17,8 +17,8 @@ from stages.pictures import decode
 from stages.preparation import prepared_batches, read_photo
 from stages.teach import recheck_rows, teach_shard
 from storage.cache import CacheFolder, fingerprint, open_cache
-from storage.config import CacheConfig, FeaturesConfig, PicturesConfig
-from storage.encodings import decode_picture, encode_picture, to_grid
+from storage.config import CacheConfig, FeatureGrid, FeaturesConfig, PicturesConfig
+from storage.encodings import decode_picture, encode_picture
 from storage.errors import InputError
 from storage.manifest import shards_of
 from storage.snapshots import read_head, read_snapshot, snapshot_path
@@ -47,8 +47,8 @@ class Counting:
         self._spoil = spoil
         self._output = output
 
-    def __call__(self, pictures: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
-        outputs = {name: np.array(values) for name, values in forward(pictures).items()}
+    def __call__(self, pictures: NDArray[np.uint8], grid: FeatureGrid) -> Mapping[str, NDArray[Any]]:
+        outputs = {name: np.array(values) for name, values in forward(pictures, grid).items()}
         if self.batches == self._spoil:
             outputs[self._output][0, 0] = np.nan
         self.batches += 1
@@ -89,9 +89,9 @@ def test_stored_views_are_the_crops_and_the_teacher_saw_the_stored_pixels(tmp_pa
             assert sample["views/flip"][view] == (row["right"] == 0)
             batch = np.zeros((BATCH_SIZE, 256, 256, 3), np.uint8)
             batch[0] = pixels
-            said = forward(batch)
+            said = forward(batch, "8x6-geometric")
             np.testing.assert_array_equal(sample["teacher/cam"][view], said["cam"][0])
-            features = to_grid(said["features"].transpose(0, 2, 3, 1), "8x6-geometric")[0]
+            features = said["features"][0]
             step = np.abs(features).max(axis=-1, keepdims=True) / 127
             assert (np.abs(sample["teacher/features"][view] - features) <= step * 0.51).all()
 
@@ -173,7 +173,7 @@ def test_a_source_that_changed_since_ingest_stops_the_work(tmp_path: Path) -> No
 def test_a_failed_shard_leaves_nothing_behind(tmp_path: Path) -> None:
     table = write_data(tmp_path)
 
-    def broken(pictures: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def broken(pictures: NDArray[np.uint8], grid: FeatureGrid) -> Mapping[str, NDArray[Any]]:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -189,11 +189,11 @@ def test_two_attempts_at_one_shard_end_as_one(tmp_path: Path) -> None:
     job = jobs(tmp_path, cache.root, table, settings())[0]
     batches = list(prepared_batches(job))
 
-    def overtaken(pictures: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def overtaken(pictures: NDArray[np.uint8], grid: FeatureGrid) -> Mapping[str, NDArray[Any]]:
         if not cache.shard_path(job.input_hash).exists():
             teach_shard(job, batches, forward, PROVENANCE | {"device": "the other"})
             cache.withdraw(job.input_hash)  # it dies before it records
-        return forward(pictures)
+        return forward(pictures, grid)
 
     record = teach_shard(job, batches, overtaken, PROVENANCE)
     assert record.provenance["device"] == "the other"
@@ -226,8 +226,8 @@ def test_recheck_finds_the_same_teacher_equal_and_another_one_not(tmp_path: Path
     assert [(check.sample_id, check.view) for check in same] == list(zip(reader.ids, [0, 1, 0, 1], strict=True))
     assert max(check.max_rel_error for check in same) == 0
 
-    def drifted(pictures: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
-        outputs = dict(forward(pictures))
+    def drifted(pictures: NDArray[np.uint8], grid: FeatureGrid) -> Mapping[str, NDArray[Any]]:
+        outputs = dict(forward(pictures, grid))
         return outputs | {"betas": outputs["betas"] * 1.01}
 
     for check in recheck_rows(reader, range(4), drifted, view=1):

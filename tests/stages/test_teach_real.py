@@ -15,7 +15,8 @@ from stages.config import HamerTarDataset
 from stages.ingest import scan_source
 from stages.teach import ShardJob, TeachSettings, numerics, prepared_batches, recheck_rows, teach_shard, teacher_forward
 from storage.cache import CacheFolder, CacheReader, open_cache
-from storage.config import CacheConfig, FeaturesConfig
+from storage.config import CacheConfig, FeatureGrid, FeaturesConfig
+from storage.encodings import to_grid
 from storage.manifest import shards_of
 from storage.snapshots import build_snapshot, publish_snapshot, write_head
 from storage.verification import verify_folder, verify_shard
@@ -77,3 +78,12 @@ def check_live(reader: CacheReader, teacher: Teacher) -> None:
         np.testing.assert_allclose(sample["teacher/features"][1], features, rtol=1e-3, atol=1e-3)
         for output in ("cam", "betas", "hand_pose", "keypoints_3d", "keypoints_2d"):
             np.testing.assert_allclose(sample[f"teacher/{output}"][1], said[output][0].numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", ["full", "8x8-paper", "8x6-geometric"])
+def test_the_grid_on_the_device_is_the_one_in_numpy_bit_for_bit(grid: FeatureGrid, teacher: Teacher) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    forward = teacher_forward(teacher)
+    np.testing.assert_array_equal(
+        forward(pictures, grid)["features"], to_grid(forward(pictures, "full")["features"], grid)
+    )
