@@ -121,8 +121,9 @@ def write_hands(
     edits: position -> seed: these hands look different from what they would otherwise, under the same keys.
     """
     members: dict[str, bytes] = {}
+    edited = edits or {}
     for position in range(count):
-        seed = [*f"{dataset}-{index}-{position}".encode(), *([edits[position]] if position in (edits or {}) else [])]
+        seed = [*f"{dataset}-{index}-{position}".encode(), *([edited[position]] if position in edited else [])]
         members |= hand_members(f"{index:02d}{position:04d}", seed)
     return write_tar(path, members)
 
