@@ -57,7 +57,8 @@ class _Anatomy:
 def _anatomy(name: str) -> _Anatomy:
     """Look through a model without memory or arithmetic: which parameters get a gradient from the feature map?"""
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a seed must not depend on what was looked at
+        # fork: what a seed gives must not depend on what was looked at before
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.enable_grad():
             body = _create(name).eval()
             features = _feature_map(body, torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
             features.sum().backward()  # type: ignore[no-untyped-call]
@@ -67,7 +68,7 @@ def _anatomy(name: str) -> _Anatomy:
         ) from error
     if features.ndim != 4:
         raise InputError(f"backbone {name!r}: its features have shape {tuple(features.shape)}, wanted (B,C,H,W).")
-    unused = {entry.rpartition(".")[0] for entry, parameter in body.named_parameters() if parameter.grad is None}
+    unused = {entry.rpartition(".")[0] for entry, parameter in body.named_parameters() if parameter.grad is None} - {""}
     kept = (entry for entry in body.state_dict() if entry.rpartition(".")[0] not in unused)
     classifier = body.pretrained_cfg.get("classifier") or ()
     classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)

@@ -131,6 +131,8 @@ def test_seed_decides_the_weights_whatever_was_built_before() -> None:
     from models.backbones import _anatomy
 
     _anatomy.cache_clear()
+    with torch.no_grad():
+        feature_shape(StudentSpec(backbone="convnext_atto"))
     first, second = student(), student()
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
 
