@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -24,24 +25,22 @@ from numpy.typing import NDArray
 from models.hamer import Hamer, HamerConfig
 from models.hand_model import HandModel, load_hand_model
 from models.mano import ManoLayer
-from models.preprocessing import normalise
 from models.student import Student
 from storage.cache import CacheReader, open_cache
-from storage.durable import canonical_json, partial_path, sync_directory, write_bytes_atomic
+from storage.durable import canonical_json, partial_path, sweep_partial, sync_directory, write_bytes_atomic
 from storage.errors import DamageError, InputError
 from trainer.config import LatencyConfig
-from trainer.data import PICTURES, in_order
+from trainer.data import PICTURES, Batch, in_order
 from trainer.latency import Latency, measure
-from trainer.losses import rotations
-from trainer.scores import LABEL_KEYS, TRUTH_KEYS, Hands, Protocol, Scoring
+from trainer.predictors import Predict, cached_teacher, mean_pose, student_prediction
+from trainer.scores import LABEL_KEYS, TRUTH_KEYS, Protocol, Scoring
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.parquet"
 PREDICTIONS = "pred.json"
+AUTHORS_SCRIPTS = ("freihand", "ho3d")
+"""Protocols whose authors published a script that reads pred.json."""
 STUDENT_VIEW, TEACHER_VIEW = 0, 1
-
-Batch = dict[str, NDArray[Any]]
-Predict = Callable[[Batch], Hands]
 
 
 @dataclass(frozen=True)
@@ -185,41 +184,6 @@ def read_evaluation(out_dir: Path, identity: str) -> EvaluationResult | None:
     return result if result.identity == identity else None
 
 
-def student_prediction(student: Student, device: torch.device) -> Predict:
-    """What the student says of the pictures; float32."""
-
-    def predict(batch: Batch) -> Hands:
-        with torch.inference_mode():
-            said = student(normalise(torch.from_numpy(batch[PICTURES]).to(device)))
-        return Hands(*(said[k].float().cpu().numpy() for k in ("keypoints_3d", "vertices", "keypoints_2d")))
-
-    return predict
-
-
-def cached_teacher(hand_model: HandModel) -> Predict:
-    """What the teacher said of the view, its mesh made from its parameters."""
-    layer = ManoLayer(hand_model)
-
-    def predict(batch: Batch) -> Hands:
-        pose = [torch.from_numpy(batch[f"teacher/{name}"]) for name in ("global_orient", "hand_pose", "betas")]
-        vertices, _ = layer(*pose)
-        return Hands(batch["teacher/keypoints_3d"], vertices.numpy(), batch["teacher/keypoints_2d"])
-
-    return predict
-
-
-def mean_pose(hand_model: HandModel) -> Predict:
-    """The same hand for every picture: mean pose, mean shape, no camera."""
-    pose = rotations(torch.tensor(hand_model.hands_mean[None]))
-    vertices, joints = ManoLayer(hand_model)(torch.eye(3)[None, None], pose, torch.zeros(1, 10))
-
-    def predict(batch: Batch) -> Hands:
-        size = len(batch["sample_id"])
-        return Hands(np.repeat(joints.numpy(), size, 0), np.repeat(vertices.numpy(), size, 0))
-
-    return predict
-
-
 def describe(device: torch.device) -> str:
     """The device in words, for the numbers measured on it."""
     if device.type == "cuda":
@@ -249,15 +213,19 @@ def score(
     """Score `predict` on every sample; with a folder, write `samples.parquet` and `pred.json` there."""
     if not len(reader):
         raise InputError(f"data set {', '.join(reader.digests)} has no sample to evaluate on")
-    scoring, predictions = Scoring(protocol), _PredictionFile()
+    scoring, file = Scoring(protocol), None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep_partial(folder)
+        file = _PredictionFile(folder / PREDICTIONS) if protocol in AUTHORS_SCRIPTS else None
     for batch in _batches(reader, view, batch_size):
         hands = predict(batch)
         scoring.add(batch, hands)
-        if folder is not None and protocol in ("freihand", "ho3d"):
-            predictions.add(*hands.for_authors(batch["labels/right"], protocol))
+        if file is not None:
+            file.add(*hands.for_authors(batch["labels/right"], protocol))
+    if file is not None:
+        file.write()
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        predictions.write(folder / PREDICTIONS)
         _write_table(folder / SAMPLES, scoring.samples())
     return scoring
 
@@ -279,21 +247,29 @@ def _batches(reader: CacheReader, view: int, batch_size: int) -> Iterator[Batch]
 class _PredictionFile:
     """[joints, vertices] of every sample in the set's order, as the FreiHAND and HO-3D scripts read them.
 
-    Metres from the wrist, to the micrometre, as text at once: Python lists of 3,960 meshes would take gigabytes.
+    Metres from the wrist, to the micrometre. Meshes wait in a temporary file for the joints that come before them:
+    those of HO-3D v3 are half a gigabyte of text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._joints: list[str] = []
-        self._vertices: list[str] = []
+        self._vertices = tempfile.TemporaryFile("w+", dir=path.parent)  # noqa: SIM115 - closed by `write`
 
     def add(self, joints: NDArray[Any], vertices: NDArray[Any]) -> None:
+        for mesh in vertices.round(6).tolist():
+            self._vertices.write((", " if self._vertices.tell() else "") + json.dumps(mesh))
         self._joints += [json.dumps(each) for each in joints.round(6).tolist()]
-        self._vertices += [json.dumps(each) for each in vertices.round(6).tolist()]
 
-    def write(self, path: Path) -> None:
-        if self._joints:
-            text = f"[[{', '.join(self._joints)}], [{', '.join(self._vertices)}]]"
-            write_bytes_atomic(path, text.encode())
+    def write(self) -> None:
+        partial = partial_path(self._path)
+        with partial.open("x") as file, self._vertices as vertices:
+            file.write(f"[[{', '.join(self._joints)}], [")
+            vertices.seek(0)
+            shutil.copyfileobj(vertices, file)
+            file.write("]]")
+        partial.replace(self._path)
+        sync_directory(self._path.parent)
 
 
 def _write_table(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:

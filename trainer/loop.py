@@ -35,7 +35,7 @@ from storage.durable import (
     sync_directory,
     write_bytes_atomic,
 )
-from storage.errors import DamageError, InputError
+from storage.errors import DamageError, InputError, WorkError
 from trainer.config import StudentRecipe
 from trainer.data import PICTURES, Batch, Source, TrainMix
 from trainer.job import CHECKPOINT, PICTURES_PNG, RESULT, STUDENT, Callbacks, Silent, TrainJob, TrainResult
@@ -199,6 +199,9 @@ class _Run:
 
     def _scores(self, batch: Batch) -> dict[str, float]:
         total, parts, outputs = self.module.losses(self._tensors(batch))
+        if not math.isfinite(float(total)):
+            ids = ", ".join(batch["sample_id"].tolist())
+            raise WorkError(f"after step {self.step} the validation loss is not finite on {ids}; lower train.lr")
         labels = batch["labels/keypoints_3d"]
         errors = pa_mpjpe_mm(outputs["keypoints_3d"].cpu().numpy(), labels[..., :3], labels[..., 3] > 0)
         labelled = np.isfinite(errors) & ((labels[..., 3] > 0).sum(1) >= 4)  # three points fit anything

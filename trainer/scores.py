@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.errors import WorkError
 from trainer import metrics as m
 
 Protocol = Literal["freihand", "ho3d", "hint"]
@@ -69,6 +70,7 @@ class Scoring:
 
     def add(self, batch: Mapping[str, Array], hands: Hands) -> None:
         """Score one batch; `batch` holds LABEL_KEYS, `sample_id`, and TRUTH_KEYS where the source has them."""
+        _check_finite(batch, hands)
         self._sample_ids.append(batch["sample_id"])
         columns = self._against_authors(batch, hands) if "labels/truth_xyz" in batch else _against_labels(batch, hands)
         columns |= _pck_columns(batch, hands)
@@ -97,11 +99,19 @@ class Scoring:
     def _against_authors(self, batch: Mapping[str, Array], hands: Hands) -> dict[str, Array]:
         joints, vertices = hands.for_authors(batch["labels/right"], self.protocol)
         given = batch["labels/has_truth"] > 0
-        true = batch["labels/truth_xyz"].astype(np.float64)
+        true = np.where(given[:, None, None], batch["labels/truth_xyz"], 0).astype(np.float64)
         columns = _joint_columns(joints, true, np.repeat(given[:, None], true.shape[1], axis=1))
         if "labels/truth_vertices" in batch:
-            columns |= _mesh_columns(joints, vertices, true, batch["labels/truth_vertices"].astype(np.float64), given)
+            mesh = np.where(given[:, None, None], batch["labels/truth_vertices"], 0).astype(np.float64)
+            columns |= _mesh_columns(joints, vertices, true, mesh, given)
         return columns
+
+
+def _check_finite(batch: Mapping[str, Array], hands: Hands) -> None:
+    for name in ("keypoints_3d", "vertices", "keypoints_2d"):
+        values = getattr(hands, name)
+        if values is not None and not (finite := np.isfinite(values).all((1, 2))).all():
+            raise WorkError(f"{name} predicted for {batch['sample_id'][finite.argmin()]} are not finite")
 
 
 def _against_labels(batch: Mapping[str, Array], hands: Hands) -> dict[str, Array]:

@@ -11,7 +11,7 @@ import torch
 from models.hand_model import load_hand_model, save_hand_model
 from models.student import Student, StudentSpec
 from storage.cache import open_cache
-from storage.errors import DamageError
+from storage.errors import DamageError, WorkError
 from storage.snapshots import read_head
 from tests.tiny_cache import write_tiny_cache
 from trainer import metrics as m
@@ -126,6 +126,19 @@ def test_a_mesh_of_another_topology_moves_with_its_joints(tmp_path: Path) -> Non
     scoring = score(reader, 0, predict, None, 3, tmp_path / "out")
     assert "pa_mpvpe_mm" not in scoring.metrics()
     assert scoring.samples()["f5"][each_right] == pytest.approx(1.0)
+
+
+def test_a_prediction_that_is_no_number_names_its_sample(tmp_path: Path) -> None:
+    each = evaluation_set(tmp_path)
+    reader = open_cache(each.cache_root, {each.dataset: each.digest})
+
+    def predict(batch: dict[str, np.ndarray]) -> Hands:
+        joints = batch["labels/truth_xyz"].copy()
+        joints[batch["sample_id"] == "val:000004#0", 3] = np.inf
+        return Hands(joints, batch["labels/truth_vertices"])
+
+    with pytest.raises(WorkError, match="keypoints_3d predicted for val:000004#0 are not finite"):
+        score(reader, 0, predict, None, 3, None)
 
 
 def student_job(folder: Path) -> EvaluateJob:
