@@ -48,9 +48,8 @@ def _teacher_problems(experiment: Experiment) -> Iterator[str]:
 
 
 def _dataset_problems(experiment: Experiment) -> Iterator[str]:
-    made = experiment.config.synthesise.sets if experiment.config.synthesise is not None else {}
     for name, dataset in experiment.datasets.items():
-        if name in made:
+        if name in experiment.synthesised:
             continue
         yield from _complaint(f"datasets.{name}", partial(source_files, dataset, experiment.base))
         if isinstance(dataset, HamerNpzDataset):

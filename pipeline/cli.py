@@ -36,22 +36,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Every verb with its arguments; global options may stand before or after the verb."""
+def _global_options() -> argparse.ArgumentParser:
+    """The options that every verb takes; a new one each time, because argparse shares defaults between users."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("-c", "--config", type=Path, default=argparse.SUPPRESS, metavar="FILE")
     shared.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document on stdout")
     shared.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="details, tracebacks")
+    return shared
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb with its arguments; global options may stand before or after the verb."""
     parser = argparse.ArgumentParser(
         prog="handstill",
         description="Offline distillation of HaMeR into small 3D hand mesh networks.",
-        parents=[shared],
+        parents=[_global_options()],
     )
     parser.set_defaults(config=Path("pipeline.yaml"), json=False, verbose=False)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     def verb(name: str, command: Command, help_text: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=help_text, description=help_text, parents=[shared])
+        added = verbs.add_parser(name, help=help_text, description=help_text, parents=[_global_options()])
         added.set_defaults(command=command)
         return added
 

@@ -32,13 +32,17 @@ class Experiment:
         return DigestMemory(self.workdir.state / "digests.json", rehash=self.rehash)
 
     @property
+    def synthesised(self) -> frozenset[str]:
+        """The data sets that the synthesise stage makes."""
+        return frozenset(self.config.synthesise.sets if self.config.synthesise is not None else ())
+
+    @property
     def datasets(self) -> Mapping[str, DatasetConfig]:
         """The data sets; in a smoke run those that are synthesised lie under the smoke run's own workdir."""
-        if self.limit is None or self.config.synthesise is None:
+        if self.limit is None:
             return self.config.datasets
-        made = self.config.synthesise.sets
         return {
-            name: self._relocated(dataset) if name in made else dataset
+            name: self._relocated(dataset) if name in self.synthesised else dataset
             for name, dataset in self.config.datasets.items()
         }
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.digests import Stamp, digest_of, stamp
 from pipeline.experiment import Experiment
 from stages.config import DatasetConfig, HamerNpzDataset
-from stages.ingest import ingest_identity, source_files
+from stages.ingest import ingest_identity, named_files, source_files
 from storage.durable import sha256_file, write_bytes_atomic
 from storage.manifest import read_manifest
 
@@ -42,9 +42,14 @@ class Source:
 
 
 def sources_of(experiment: Experiment, dataset: str, config: DatasetConfig) -> list[Source]:
-    """The data set's source files in order. Raises InputError where one is missing."""
+    """The data set's source files in order; those of a synthesised set may have still to be made.
+
+    Raises:
+        InputError: a file is missing.
+    """
     identity = digest_of(ingest_identity(dataset, config))
-    return [Source(dataset, config, path, experiment.base, identity) for path in source_files(config, experiment.base)]
+    files = named_files if dataset in experiment.synthesised else source_files
+    return [Source(dataset, config, path, experiment.base, identity) for path in files(config, experiment.base)]
 
 
 class ManifestIndex:
@@ -70,7 +75,7 @@ class ManifestIndex:
         if entry is None:
             return None
         path = self._folder / str(entry["manifest"])
-        if not path.is_file() or entry["stamps"] != [list(stamp(item)) for item in source.inputs()]:
+        if not path.is_file() or entry["stamps"] != [_stamp_or_none(item) for item in source.inputs()]:
             return None
         if isinstance(source.config, HamerNpzDataset) and entry["pictures"] != pictures_signature(source, path):
             return None

@@ -47,13 +47,18 @@ def ingest_identity(dataset: str, config: DatasetConfig) -> dict[str, Any]:
     return identity
 
 
+def named_files(config: DatasetConfig, base: Path) -> list[Path]:
+    """The files that the data set's `path` names, in order, whether or not they are there."""
+    patterns = [config.path] if isinstance(config.path, str) else config.path
+    return [path_from(expanded, base) for pattern in patterns for expanded in expand_braces(pattern)]
+
+
 def source_files(config: DatasetConfig, base: Path) -> list[Path]:
     """The data set's source files in order. `base`: the folder that relative paths start at.
 
     Raises InputError for files that are missing or named twice.
     """
-    patterns = [config.path] if isinstance(config.path, str) else config.path
-    files = [path_from(expanded, base) for pattern in patterns for expanded in expand_braces(pattern)]
+    files = named_files(config, base)
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
