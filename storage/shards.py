@@ -230,8 +230,11 @@ def hash_files(shard: Path) -> dict[str, FileDigest]:
     return {path.relative_to(shard).as_posix(): FileDigest(path.stat().st_size, sha256_file(path)) for path in paths}
 
 
-def record_from_disk(shard: Path) -> ShardRecord:
-    """The record of a published shard, from its own bytes; DamageError unless it proves itself whole."""
+def record_from_disk(shard: Path, files: Mapping[str, FileDigest] | None = None) -> ShardRecord:
+    """The record of a published shard, from its own bytes; DamageError unless it proves itself whole.
+
+    files: the digests of its files, where the caller has just read them.
+    """
     document_path = shard / zarr3.METADATA_NAME
     try:
         document = document_path.read_bytes()
@@ -240,7 +243,7 @@ def record_from_disk(shard: Path) -> ShardRecord:
         raise DamageError(
             f"{document_path} is damaged ({error}); run `handstill run` to make the shard again"
         ) from error
-    files = hash_files(shard)
+    files = hash_files(shard) if files is None else files
     whole = attributes.get("content_sha256") == content_sha256(attributes, files)
     if not whole or zarr3.group_document({ATTRIBUTE: attributes}) != document:
         raise DamageError(f"{shard} is damaged: its bytes are not those it was finished with; run `handstill run`")

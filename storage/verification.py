@@ -56,7 +56,7 @@ def verify_shard(cache: CacheFolder, record: ShardRecord) -> list[Damage]:
     if damages:
         return damages
     try:
-        if record_from_disk(shard) != record:
+        if record_from_disk(shard, record.files) != record:
             damages.append(Damage(cache.record_path(record.input_hash), "differs from what the shard says of itself"))
     except DamageError as error:
         damages.append(Damage(shard, str(error)))
