@@ -1,18 +1,28 @@
-"""The folders of a workdir, and the lease that lets one run at a time write to it."""
+"""The folders of a workdir, the lease that lets one run at a time write to it, and the claim its workers carry."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
+import secrets
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 from storage.errors import InputError, WorkError
+
+log = logging.getLogger("handstill")
+
+ORPHANS_END_IN_S = 60.0
+"""How long a run waits for workers of a run that was killed. Ray's own notice within about a second that their driver
+is gone; those of a cluster whose node is slow, later."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,16 @@ class Workdir:
         return self.root / "logs" / "events.jsonl"
 
     @property
+    def lease(self) -> Path:
+        """Locked by the run at work; says who that is."""
+        return self.root / "lease.json"
+
+    @property
+    def workers_lock(self) -> Path:
+        """Locked (shared) by every worker that writes."""
+        return self.root / "workers.lock"
+
+    @property
     def tracking_database(self) -> Path:
         return self.root / "mlflow.db"
 
@@ -79,17 +99,18 @@ def open_workdir(path: str, base: Path) -> Workdir:
 
 
 @contextmanager
-def lease(workdir: Workdir) -> Iterator[None]:
-    """Hold the workdir alone. The kernel drops the lock with its holder, so a killed run never blocks the next.
+def lease(workdir: Workdir, orphans_end_in_s: float = ORPHANS_END_IN_S) -> Iterator[None]:
+    """Hold the workdir alone: no other run, and no worker that a killed run left behind, writes to it meanwhile.
+
+    The kernel drops a lock with its holder, so a killed run never blocks the next.
 
     Raises:
         InputError: the folder cannot be written to.
-        WorkError: another run holds it; the message names it.
+        WorkError: another run holds it; the message names it. Or a killed run's worker does not end.
     """
-    path = workdir.root / "lease.json"
     try:
         workdir.root.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a+", encoding="utf-8")
+        handle = workdir.lease.open("a+", encoding="utf-8")
     except OSError as error:
         raise InputError(f"workdir: cannot write to {workdir.root}: {error.strerror}. Choose another folder.") from None
     with handle:
@@ -104,8 +125,71 @@ def lease(workdir: Workdir) -> Iterator[None]:
         handle.truncate(0)
         handle.write(json.dumps(_holder()))
         handle.flush()
+        # From here on a worker of another run that begins is refused; those at work already are waited for.
+        _wait_for_orphans(workdir, orphans_end_in_s)
         yield
 
 
 def _holder() -> dict[str, str | int]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run": secrets.token_hex(8),
+    }
+
+
+def _wait_for_orphans(workdir: Workdir, patience_s: float) -> None:
+    """Return when no worker holds the workers' lock, which only those of a run that is gone can do now."""
+    waiting_since: float | None = None
+    with workdir.workers_lock.open("a") as handle:
+        while not _try_lock(handle):
+            if waiting_since is None:
+                waiting_since = time.monotonic()
+                log.info("waiting for workers that an earlier run left behind to end")
+            if time.monotonic() - waiting_since > patience_s:
+                raise WorkError(
+                    f"a worker of an earlier run still holds {workdir.workers_lock} after {patience_s:.0f} s. "
+                    f"Stop it (`fuser {workdir.workers_lock}` names it on its machine), then run again."
+                )
+            time.sleep(0.1)
+
+
+def _try_lock(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a run's workers write under: void as soon as another run has the workdir. Picklable."""
+
+    workdir: Workdir
+    holder: str
+    """What lease.json said when the run gave out the work; it differs in every run."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Around everything that a worker writes: the next run waits until it is left, or until the worker is dead.
+
+        Raises:
+            WorkError: another run has the workdir now; this work is not wanted any more.
+        """
+        with self.workdir.workers_lock.open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            if _said_by_holder(self.workdir) != self.holder:
+                raise WorkError(f"this worker's run is over: another run holds {self.workdir.root}")
+            yield
+
+
+def claim_of(workdir: Workdir) -> Claim:
+    """The claim of the run that holds the workdir, to be given to its workers."""
+    workdir.root.mkdir(parents=True, exist_ok=True)
+    return Claim(workdir, _said_by_holder(workdir))
+
+
+def _said_by_holder(workdir: Workdir) -> str:
+    return workdir.lease.read_text(encoding="utf-8") if workdir.lease.is_file() else ""
