@@ -68,7 +68,7 @@ def resumed_equals_undisturbed(tmp_path: Path, table: pa.Table, stride: int) -> 
 
 
 def test_killed_and_resumed_is_undisturbed(tmp_path: Path) -> None:
-    resumed_equals_undisturbed(tmp_path, write_data(tmp_path), stride=13)
+    resumed_equals_undisturbed(tmp_path, write_data(tmp_path), stride=23)
 
 
 @pytest.mark.slow
