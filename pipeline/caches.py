@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +16,14 @@ import yaml
 from models.hand_model import OPEN_HAND, OPEN_HAND_FILE
 from pipeline.config import Role
 from pipeline.experiment import Experiment
-from pipeline.manifests import ManifestIndex, tables_of
+from pipeline.manifests import ManifestIndex, manifests_of
 from stages.ingest import without_repeated_ids
 from stages.preparation import TeachSettings
 from stages.teach import teach_identity
 from storage.cache import CacheFolder, fingerprint
 from storage.errors import DamageError, InputError
 from storage.ledger import ShardRecord
-from storage.manifest import ShardPlan, shards_of
+from storage.manifest import ShardPlan, read_manifest, shards_of
 from storage.snapshots import build_snapshot, read_head, snapshot_digest
 from storage.verification import quick_check
 
@@ -35,10 +37,20 @@ class DatasetShards:
 
     name: str
     table: pa.Table
-    """All its rows, those of every scanned source; quarantined ones too."""
+    """All its rows (PLAN_COLUMNS), those of every scanned source; quarantined ones too."""
     plans: tuple[ShardPlan, ...]
     unscanned: int
     """Source files whose manifest is not known yet."""
+    manifests: tuple[Path, ...] = ()
+    first_rows: tuple[int, ...] = ()
+    """Where each manifest's rows begin in `table`."""
+
+    def whole_rows(self, plans: Iterable[ShardPlan]) -> Iterator[tuple[ShardPlan, pa.Table]]:
+        """Each shard with all columns of its rows; of the manifests one at a time is in memory."""
+        for place, group in groupby(plans, key=lambda plan: bisect_right(self.first_rows, plan.rows[0]) - 1):
+            whole = read_manifest(self.manifests[place])
+            for plan in group:
+                yield plan, whole.take(plan.rows - self.first_rows[place])
 
 
 @dataclass(frozen=True)
@@ -182,11 +194,14 @@ def _strict_numerics(experiment: Experiment) -> Mapping[str, Any] | None:
 
 
 def _dataset_shards(experiment: Experiment, role: Role, name: str, index: ManifestIndex) -> DatasetShards:
-    found = list(tables_of(experiment, name, experiment.datasets[name], index))
-    tables = without_repeated_ids([table for _, table in found if table is not None])
-    unscanned = sum(1 for _, table in found if table is None)
-    if not tables:
+    found = [manifest for _, manifest in manifests_of(experiment, name, experiment.datasets[name], index)]
+    manifests = [manifest for manifest in found if manifest is not None]
+    unscanned = len(found) - len(manifests)
+    if not manifests:
         return DatasetShards(name, pa.table({}), (), unscanned)
+    tables = without_repeated_ids([manifest.table for manifest in manifests])
     table = pa.concat_tables(tables)
     plans = shards_of(table, role, experiment.config.cache.samples_per_shard)
-    return DatasetShards(name, table, tuple(plans), unscanned)
+    first_rows = accumulate((len(table) for table in tables[:-1]), initial=0)
+    paths = tuple(manifest.path for manifest in manifests)
+    return DatasetShards(name, table, tuple(plans), unscanned, paths, tuple(first_rows))

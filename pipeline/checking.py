@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 from models.hand_model import OPEN_HAND
 from pipeline.experiment import Experiment
 from stages.config import HamerNpzDataset
 from stages.ingest import source_files
 from storage.errors import InputError
+from trainer.config import StudentRecipe, grid_problem
+
+if TYPE_CHECKING:
+    from models.student import StudentSpec
 
 
 def check_inputs(experiment: Experiment, *, backbones: bool = True) -> None:
@@ -68,12 +73,19 @@ def _weights_problems(experiment: Experiment) -> Iterator[str]:
 
 
 def _backbone_problems(experiment: Experiment) -> Iterator[str]:
-    from models.student import StudentSpec, feature_shape
+    from models.student import StudentSpec
 
     for name, recipe in experiment.recipes().items():
-        yield from _complaint(
-            f"students.{name}.backbone", partial(feature_shape, StudentSpec(backbone=recipe.backbone))
-        )
+        spec = StudentSpec(backbone=recipe.backbone)
+        yield from _complaint(f"students.{name}.backbone", partial(_check_backbone, spec, recipe, experiment))
+
+
+def _check_backbone(spec: StudentSpec, recipe: StudentRecipe, experiment: Experiment) -> None:
+    from models.student import feature_shape
+
+    problem = grid_problem(recipe.distill, experiment.config.cache.features.grid, feature_shape(spec)[1:])
+    if problem is not None:
+        raise InputError(problem)
 
 
 def _complaint(where: str, look: Callable[[], object]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pipeline.caches import CacheState, cache_state
 from pipeline.evaluating import evaluation_states
 from pipeline.experiment import Experiment
 from pipeline.ingesting import used_datasets
-from pipeline.manifests import ManifestIndex, tables_of
+from pipeline.manifests import ManifestIndex, manifests_of
 from pipeline.tables import human_bytes
 from pipeline.training import StudentState, student_states
 from pipeline.workdir import lease
@@ -51,9 +51,10 @@ def clean(experiment: Experiment, *, delete: bool) -> dict[str, Any]:
 def _stale_manifests(experiment: Experiment) -> Iterator[Path]:
     index = ManifestIndex(experiment)
     kept = {
-        index.manifest(source)
+        manifest.path
         for name, config in used_datasets(experiment).items()
-        for source, _ in tables_of(experiment, name, config, index)
+        for _, manifest in manifests_of(experiment, name, config, index)
+        if manifest is not None
     }
     yield from (path for path in sorted(experiment.workdir.manifests.glob("*/*.parquet")) if path not in kept)
 

@@ -173,6 +173,7 @@ def _score(unit: EvaluateUnit) -> EvaluationResult:
 
 def _log(unit: EvaluateUnit, result: EvaluationResult) -> str:
     from pipeline.tracking import StudentRun, Tracker
+    from trainer.evaluate import EVALUATION, SAMPLES
 
     tracker = Tracker(unit.target)
     run = StudentRun(unit.target, None, unit.label, unit.tags, unit.inputs, unit.run_memory.parent)
@@ -185,7 +186,9 @@ def _log(unit: EvaluateUnit, result: EvaluationResult) -> str:
     values |= {f"latency_ms/{size}": value for size, value in result.latency_ms.items()}
     optional = {"fps": result.fps, "params_m": result.params_m}
     tracker.metrics(run_id, values | {key: value for key, value in optional.items() if value is not None})
-    tracker.artifact(run_id, unit.out_dir, "evaluation")
+    tracker.artifact(run_id, unit.out_dir / EVALUATION, "evaluation")
+    for each in unit.sets:  # not pred.json: hundreds of megabytes on the real sets
+        tracker.artifact(run_id, unit.out_dir / each.dataset / SAMPLES, f"evaluation/{each.dataset}")
     tracker.end(run_id)
     return run_id
 

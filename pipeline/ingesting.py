@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 from pipeline.digests import Stamp, stamp
 from pipeline.events import append_event
 from pipeline.experiment import Experiment
-from pipeline.manifests import ManifestIndex, Source, sources_of, tables_of
+from pipeline.manifests import ManifestIndex, Source, manifests_of, sources_of
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
 from pipeline.workers import Resources, ray_session, run_units
 from stages.config import DatasetConfig
-from stages.ingest import scan_source, shared_pictures
+from stages.ingest import scan_source, shared_pictures, without_repeated_ids
 from storage.manifest import manifest_name, write_manifest
 
 log = logging.getLogger("handstill")
@@ -57,9 +57,9 @@ def plan_ingest(experiment: Experiment) -> StagePlan:
     todo: list[Source] = []
     named: list[Source] = []
     for name, config in used_datasets(experiment).items():
-        for source, table in tables_of(experiment, name, config, index):
+        for source, manifest in manifests_of(experiment, name, config, index):
             named.append(source)
-            if table is None:
+            if manifest is None:
                 todo.append(source)
     reasons: list[Reason] = ["changed" if index.knew(source) else "new" for source in todo]
     gone = [] if experiment.limit is not None else index.forgotten(_every_source(experiment))
@@ -103,10 +103,7 @@ def run_ingest(experiment: Experiment, plan: StagePlan) -> StageResult:
         _scan(experiment, plan)
         plan = plan_ingest(experiment)
     index = ManifestIndex(experiment)
-    tables = {
-        name: [table for _, table in tables_of(experiment, name, config, index) if table is not None]
-        for name, config in used_datasets(experiment).items()
-    }
+    tables = ingested(experiment, index)
     if experiment.limit is None and index.forgotten(_every_source(experiment)):
         index.keep_only(_every_source(experiment))
         index.save()
@@ -114,6 +111,15 @@ def run_ingest(experiment: Experiment, plan: StagePlan) -> StageResult:
     samples = sum(len(table) for group in tables.values() for table in group)
     bad = sum(quarantined(table) for group in tables.values() for table in group)
     return StageResult(done, plan.total - done, samples, samples - bad, bad, time.monotonic() - started)
+
+
+def ingested(experiment: Experiment, index: ManifestIndex) -> dict[str, list[pa.Table]]:
+    """What every data set's manifests say (PLAN_COLUMNS), a hand whose id came before marked as left out."""
+    found = {
+        name: [manifest.table for _, manifest in manifests_of(experiment, name, config, index) if manifest is not None]
+        for name, config in used_datasets(experiment).items()
+    }
+    return {name: without_repeated_ids(tables) for name, tables in found.items()}
 
 
 def _scan(experiment: Experiment, plan: StagePlan) -> None:

@@ -15,7 +15,7 @@ from pipeline.experiment import Experiment
 from stages.config import DatasetConfig, HamerNpzDataset
 from stages.ingest import ingest_identity, named_files, source_files
 from storage.durable import sha256_file, write_bytes_atomic
-from storage.manifest import read_manifest
+from storage.manifest import PLAN_COLUMNS, read_manifest
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,19 @@ def _source_digest(manifest: Path) -> str | None:
     return str(column[0].as_py()) if len(column) else None
 
 
-def tables_of(
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """A source's manifest as planning needs it."""
+
+    path: Path
+    table: pa.Table
+    """PLAN_COLUMNS only: labels and truth are four fifths of the bytes. Cut to a smoke run's limit."""
+
+
+def manifests_of(
     experiment: Experiment, dataset: str, config: DatasetConfig, index: ManifestIndex
-) -> Iterator[tuple[Source, pa.Table | None]]:
-    """(source, its manifest or None where it has still to be scanned), cut to a smoke run's limit."""
+) -> Iterator[tuple[Source, Manifest | None]]:
+    """(source, its manifest or None where it has still to be scanned), as far as a smoke run's limit needs them."""
     left = experiment.limit
     for source in sources_of(experiment, dataset, config):
         if left is not None and left <= 0:
@@ -144,8 +153,8 @@ def tables_of(
             if left is not None:
                 return  # how many samples it holds decides whether another is needed
             continue
-        table = read_manifest(path)
+        table = read_manifest(path, PLAN_COLUMNS)
         if left is not None:
             table = table.slice(0, left)
             left -= len(table)
-        yield source, table
+        yield source, Manifest(path, table)

@@ -6,8 +6,8 @@ from typing import Any
 
 from pipeline.events import EventTail
 from pipeline.experiment import Experiment
-from pipeline.ingesting import quarantined, used_datasets
-from pipeline.manifests import ManifestIndex, tables_of
+from pipeline.ingesting import ingested, quarantined
+from pipeline.manifests import ManifestIndex
 from pipeline.plan import StagePlan
 from pipeline.run import plan_all
 from storage.cache import CacheFolder
@@ -54,13 +54,8 @@ def _from_events(experiment: Experiment) -> tuple[dict[str, str], str | None]:
 
 
 def _quarantined_at_ingest(experiment: Experiment) -> int:
-    index = ManifestIndex(experiment)
-    return sum(
-        quarantined(table)
-        for name, config in used_datasets(experiment).items()
-        for _, table in tables_of(experiment, name, config, index)
-        if table is not None
-    )
+    tables = ingested(experiment, ManifestIndex(experiment))
+    return sum(quarantined(table) for group in tables.values() for table in group)
 
 
 def _quarantined_at_teach(experiment: Experiment) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -109,30 +109,37 @@ class _Desk:
 class _Office:
     """Hands out shards to actors until none is left."""
 
-    waiting: deque[ShardJob]
+    coming: Iterator[ShardJob]
     settings: TeacherSettings
     options: dict[str, Any]
     max_retries: int
+    returned: deque[ShardJob] = field(default_factory=deque)
+    """Shards of actors that died."""
     desks: list[_Desk] = field(default_factory=list)
     deaths: Counter[str] = field(default_factory=Counter)
 
+    def _next(self) -> ShardJob | None:
+        return self.returned.popleft() if self.returned else next(self.coming, None)
+
     def hire(self) -> None:
+        """Open a desk, if there is a shard for it."""
         import ray
 
-        current = self.waiting.popleft()
-        following = self.waiting.popleft() if self.waiting else None
+        current = self._next()
+        if current is None:
+            return
         actor = ray.remote(TeacherActor).options(**self.options).remote(self.settings)
-        desk = _Desk(actor, current, following)
+        desk = _Desk(actor, current, self._next())
         desk.begin()
         self.desks.append(desk)
 
     def finished(self, desk: _Desk) -> None:
         """Go on with the desk's next shard, or close the desk."""
-        if desk.following is None and not self.waiting:
+        current = desk.following if desk.following is not None else self._next()
+        if current is None:
             self.desks.remove(desk)
             return
-        desk.current = desk.following if desk.following is not None else self.waiting.popleft()
-        desk.following = self.waiting.popleft() if self.waiting else None
+        desk.current, desk.following = current, self._next()
         desk.begin()
 
     def died(self, desk: _Desk, why: str) -> None:
@@ -149,18 +156,18 @@ class _Office:
                 f"teachers died {self.deaths[desk.current.input_hash]} times on one shard of {desk.current.dataset} "
                 f"({desk.current.input_hash[:16]}): {why}. If memory ran out, set teacher.batch_size lower."
             )
-        self.waiting.extendleft(job for job in (desk.following, desk.current) if job is not None)
+        self.returned.extendleft(job for job in (desk.following, desk.current) if job is not None)
         self.hire()
 
 
 def teach_all(
-    jobs: list[ShardJob],
+    jobs: Iterable[ShardJob],
     settings: TeacherSettings,
     workers: WorkersConfig,
     cluster: ClusterConfig,
     while_waiting: Callable[[], None],
 ) -> None:
-    """Teach every job.
+    """Teach every job; jobs are taken from the iterable as actors become free.
 
     Raises:
         InputError: the checkpoint or a source cannot be used.
@@ -172,10 +179,9 @@ def teach_all(
     count, cpus, threads = staffing(workers, settings.gpus, *cluster_size())
     settings = TeacherSettings(**{**settings.__dict__, "threads": threads})
     options = {"num_cpus": cpus, "num_gpus": settings.gpus, "max_restarts": 0}
-    office = _Office(deque(jobs), settings, options, cluster.max_retries)
+    office = _Office(iter(jobs), settings, options, cluster.max_retries)
     for _ in range(count):
-        if office.waiting:
-            office.hire()
+        office.hire()
     while office.desks:
         ready, _ = ray.wait([desk.reference for desk in office.desks], num_returns=1, timeout=POLL_S)
         while_waiting()

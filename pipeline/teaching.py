@@ -149,11 +149,11 @@ def _hand_model_bytes(experiment: Experiment) -> bytes:
 
 
 def _teach(experiment: Experiment, states: list[CacheState]) -> None:
-    jobs = [job for state in states for job in _jobs(experiment, state)]
-    if not jobs:
+    views = sum(plan.n_samples * state.settings.views for state in states for plan in _all_todo(state))
+    if not views:
         return
+    jobs = (job for state in states for job in _jobs(experiment, state))
     tail = EventTail(experiment.workdir.events)
-    views = sum(job.rows.num_rows * job.settings.views for job in jobs)
 
     def follow() -> None:
         for event in tail.new():
@@ -166,13 +166,18 @@ def _teach(experiment: Experiment, states: list[CacheState]) -> None:
         follow()
 
 
+def _all_todo(state: CacheState) -> Iterator[ShardPlan]:
+    return (plan for name in state.datasets for plan in state.todo(name))
+
+
 def _jobs(experiment: Experiment, state: CacheState) -> Iterator[ShardJob]:
+    """What is to be taught, made one at a time: all rows of a large experiment are gigabytes."""
     for name, shards in state.datasets.items():
-        for plan in state.todo(name):
+        for plan, rows in shards.whole_rows(state.todo(name)):
             yield ShardJob(
                 dataset=name,
                 input_hash=plan.input_hash,
-                rows=shards.table.take(plan.rows),
+                rows=rows,
                 settings=state.settings,
                 cache_root=state.root,
                 base=experiment.base,
