@@ -17,9 +17,10 @@ from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
 from pipeline.training import StudentState, student_states
+from pipeline.workdir import claim_of
 from pipeline.workers import network_resources, ray_session, run_units
 from storage.cache import HAND_MODEL
-from storage.durable import canonical_json, write_bytes_atomic
+from storage.durable import canonical_json, sweep_partial, write_bytes_atomic
 from trainer.config import SCORING_VERSION, LatencyConfig
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ class EvaluateUnit:
 def evaluate_unit(unit: EvaluateUnit) -> EvaluationResult:
     """Score one network and tell MLflow (runs in a worker)."""
     append_event(unit.events, "evaluate_started", unit=unit.label)
+    unit.out_dir.mkdir(parents=True, exist_ok=True)
+    sweep_partial(unit.out_dir)  # of an attempt that died; MLflow gets the whole folder
     result = _score(unit)
     run_id = _log(unit, result)
     write_bytes_atomic(unit.out_dir / LOGGED, canonical_json({"run_id": run_id}))
@@ -205,6 +208,7 @@ def run_evaluate(experiment: Experiment, plan: StagePlan) -> StageResult:
                 evaluate_unit,
                 units,
                 cluster=cluster,
+                claim=claim_of(experiment.workdir),
                 resources=network_resources(),
                 while_waiting=partial(progress.advance, 0),
                 fresh_process=True,

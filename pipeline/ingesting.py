@@ -17,6 +17,7 @@ from pipeline.experiment import Experiment
 from pipeline.manifests import ManifestIndex, Source, manifests_of, sources_of
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
+from pipeline.workdir import claim_of
 from pipeline.workers import Resources, ray_session, run_units
 from stages.config import DatasetConfig
 from stages.ingest import scan_source, shared_pictures, without_repeated_ids
@@ -131,6 +132,7 @@ def _scan(experiment: Experiment, plan: StagePlan) -> None:
             ingest_unit,
             units,
             cluster=experiment.config.cluster,
+            claim=claim_of(experiment.workdir),
             resources=Resources(),
             while_waiting=lambda: progress.advance(0),
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pipeline.experiment import Experiment
 from pipeline.plan import StagePlan, StageResult
 from pipeline.progress import StageProgress
+from pipeline.workdir import claim_of
 from pipeline.workers import Resources, ray_session, run_units
 from stages.config import SynthesiseConfig
 from stages.synthesise import SynthesiseUnit, run_unit, synthesise_units, unit_done
@@ -49,6 +50,7 @@ def run_synthesise(experiment: Experiment, plan: StagePlan) -> StageResult:
                 run_unit,
                 list(plan.units),
                 cluster=cluster,
+                claim=claim_of(experiment.workdir),
                 resources=Resources(),
                 while_waiting=lambda: progress.advance(0),
             ):

@@ -9,17 +9,23 @@ from __future__ import annotations
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import ClusterConfig
 from pipeline.events import append_event
+from pipeline.workdir import Claim
 from pipeline.workers import POLL_S, cluster_size, get
 from stages.config import WorkersConfig
 from stages.preparation import PreparedBatch, ShardJob, prepared_batches
 from storage.errors import WorkError
 from storage.ledger import ShardRecord
+
+if TYPE_CHECKING:
+    from stages.teach import Forward
 
 BATCHES_AHEAD = 3
 """Decoded batches that wait for an actor, a shard: enough to hide a slow picture, little memory (12.6 MB at 64)."""
@@ -34,28 +40,38 @@ class TeacherSettings:
     precision: Literal["fp32", "bf16"]
     gpus: float
     events: Path
+    claim: Claim
+    decode_retries: int
+    """How often a shard's decoding is begun again because its process died."""
     threads: int | None = None
     """CPU threads of the forward pass; None: torch's own choice."""
 
 
 class TeacherActor:
-    """Holds a loaded teacher (wrapped by `ray.remote`)."""
+    """Holds a loaded teacher and its run's claim on the workdir, for life (wrapped by `ray.remote`)."""
 
     def __init__(self, settings: TeacherSettings) -> None:
+        self._settings = settings
+        self._events = settings.events
+        self._started: dict[str, Any] = {}
+        self._holding = ExitStack()
+
+    @cached_property
+    def _teacher(self) -> tuple[Forward, dict[str, Any]]:
+        """Forward pass and provenance. Loaded for the first shard: an error there has its type, one above has none."""
         import torch
 
         from models.teacher import load_teacher
         from stages.teach import numerics, teacher_forward
 
+        settings = self._settings
+        self._holding.enter_context(settings.claim.held())
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         device = "cuda" if settings.gpus else "cpu"
         append_event(settings.events, "teacher_loading", device=device)
         teacher = load_teacher(settings.checkpoint, settings.mano_model, device, settings.precision)
-        self._forward = teacher_forward(teacher, device)
-        self._provenance = numerics(device)
-        self._events = settings.events
-        self._started: dict[str, Any] = {}
+        return teacher_forward(teacher, device), numerics(device)
 
     def teach(self, job: ShardJob, following: ShardJob | None) -> ShardRecord:
         """Teach one shard; begin to decode the following one."""
@@ -67,7 +83,7 @@ class TeacherActor:
         if following is not None:
             self._start(following)
         try:
-            return teach_shard(job, self._batches(job), self._forward, self._provenance)
+            return teach_shard(job, self._batches(job), *self._teacher)
         except torch.OutOfMemoryError as error:
             raise WorkError(
                 f"the teacher ran out of GPU memory at batch size {job.settings.batch_size}: set teacher.batch_size "
@@ -81,7 +97,10 @@ class TeacherActor:
 
         if job.input_hash not in self._started:
             decode = ray.remote(prepared_batches).options(
-                num_cpus=1, num_returns="streaming", _generator_backpressure_num_objects=BATCHES_AHEAD
+                num_cpus=1,
+                num_returns="streaming",
+                max_retries=self._settings.decode_retries,
+                _generator_backpressure_num_objects=BATCHES_AHEAD,
             )
             self._started[job.input_hash] = decode.remote(job)
 

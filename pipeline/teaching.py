@@ -8,11 +8,12 @@ from typing import Any
 
 from pipeline.caches import CacheState, cache_state, hand_model_source, resolved_precision, teacher_gpus
 from pipeline.config import Role
-from pipeline.events import EventTail
+from pipeline.events import EventTail, append_event
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
 from pipeline.teachers import TeacherSettings, teach_all
+from pipeline.workdir import claim_of
 from pipeline.workers import ray_session
 from stages.preparation import ShardJob
 from storage.cache import HAND_MODEL, CacheFolder
@@ -116,6 +117,8 @@ def run_teach(experiment: Experiment, plan: StagePlan) -> StageResult:
     if plan.todo:
         states = [cache_state(experiment, state.role) for state in states]  # adopted shards are not to be done again
         _teach(experiment, states)
+        for state in states:
+            state.folder.sweep_temporary()  # of teachers that died and were replaced
         states = [cache_state(experiment, state.role) for state in states]
     samples = quarantined = 0
     for state in states:
@@ -136,7 +139,8 @@ def _make_ready(experiment: Experiment, state: CacheState) -> None:
     state.folder.sweep_temporary()
     for input_hash in state.damaged:
         state.folder.discard(input_hash)
-    state.folder.adopt()
+    for record in state.folder.adopt().adopted:
+        append_event(experiment.workdir.events, "shard_adopted", unit=record.input_hash, dataset=record.dataset)
 
 
 def _hand_model_bytes(experiment: Experiment) -> bytes:
@@ -194,6 +198,8 @@ def _settings(experiment: Experiment) -> TeacherSettings:
         precision=resolved_precision(experiment),
         gpus=teacher_gpus(experiment),
         events=experiment.workdir.events,
+        claim=claim_of(experiment.workdir),
+        decode_retries=experiment.config.cluster.max_retries,
     )
 
 

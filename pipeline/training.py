@@ -15,6 +15,7 @@ from pipeline.events import EventTail, append_event
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
+from pipeline.workdir import claim_of
 from pipeline.workers import network_resources, ray_session, run_units
 from storage.durable import canonical_json, write_bytes_atomic
 from trainer.config import TRAINING_VERSION, StudentRecipe
@@ -201,6 +202,7 @@ def _train(experiment: Experiment, states: list[StudentState]) -> None:
             train_unit,
             units,
             cluster=config.cluster,
+            claim=claim_of(experiment.workdir),
             resources=network_resources(),
             while_waiting=lambda: _follow(tail, steps, progress),
             fresh_process=True,

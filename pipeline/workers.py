@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, TypeVar
 
 from pipeline.config import ClusterConfig
+from pipeline.workdir import Claim
 from storage.errors import DamageError, InputError, WorkError
 
 Unit = TypeVar("Unit")
@@ -69,10 +73,14 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         if local
         else {"address": cluster.address}
     )
+    # Ray sets a handler of its own, which leaves without a word.
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**where, configure_logging=True, logging_level=logging.WARNING, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise WorkError(f"cluster.address: cannot reach Ray at {cluster.address!r}: {error}") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
@@ -84,6 +92,7 @@ def run_units(
     units: Sequence[Unit],
     *,
     cluster: ClusterConfig,
+    claim: Claim,
     resources: Resources,
     while_waiting: Callable[[], None],
     fresh_process: bool = False,
@@ -91,6 +100,7 @@ def run_units(
     """(unit, result) in the order of completion. A unit whose worker dies is given to another.
 
     Args:
+        claim: of the run that the work belongs to; held around every unit, so that the next run waits for it.
         while_waiting: called about twice a second, for progress.
         fresh_process: every unit gets a process in which nothing ran before it.
 
@@ -102,7 +112,7 @@ def run_units(
 
     options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
     options |= {"max_retries": cluster.max_retries} | ({"max_calls": 1} if fresh_process else {})
-    task: Any = ray.remote(**options)(function)
+    task: Any = ray.remote(**options)(_claimed(function, claim))
     waiting = list(units)
     running: dict[Any, Unit] = {}
     # Enough to keep the cluster full, few enough that a failure is noticed before a million are queued.
@@ -116,6 +126,15 @@ def run_units(
         for reference in ready:
             unit = running.pop(reference)
             yield unit, get(reference)
+
+
+def _claimed(function: Callable[[Unit], Any], claim: Claim) -> Callable[[Unit], Any]:
+    @wraps(function)
+    def work(unit: Unit) -> Any:
+        with claim.held():
+            return function(unit)
+
+    return work
 
 
 def get(reference: Any) -> Any:
