@@ -75,11 +75,15 @@ def remove_tree(path: Path) -> None:
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write `path`, replacing what stood there, so that a reader sees the old bytes or the new ones."""
     partial = partial_path(path)
-    with partial.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:  # a full disk, above all: what was written takes room that others need
+        partial.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 

@@ -151,10 +151,10 @@ class _Run:
             **{"steps": self.step, "best_step": self.best_step, "validation": self.best},
             **{"params_m": params_m, "seconds": round(seconds, 3)},
         }
-        write_bytes_atomic(job.out_dir / RESULT, canonical_json(values))
         result = TrainResult(**values, student=job.out_dir / STUDENT)
+        self.callbacks.on_end(result)  # before the run counts as done: killed here, it tells them again
+        write_bytes_atomic(job.out_dir / RESULT, canonical_json(values))
         (job.out_dir / CHECKPOINT).unlink(missing_ok=True)
-        self.callbacks.on_end(result)
         return result
 
     def resume(self) -> None:
