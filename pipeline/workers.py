@@ -149,6 +149,7 @@ def get(reference: Any) -> Any:
         if isinstance(cause, OUR_ERRORS):
             raise cause from None
         log.debug("in a worker:\n%s", error)
-        raise WorkError(f"a worker failed: {type(cause).__name__}: {cause} (the traceback: -v)") from error
+        first_line = (str(cause).splitlines() or [""])[0]
+        raise WorkError(f"a worker failed: {type(cause).__name__}: {first_line} (the traceback: -v)") from error
     except RayError as error:
         raise WorkError(f"workers died too often on one unit of work: {str(error).splitlines()[0]}") from error
