@@ -6,9 +6,12 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from storage.errors import DamageError, InputError, WorkError
@@ -21,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
     arguments = build_parser().parse_args(argv)
     _set_up_logging(arguments.verbose)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         return int(arguments.command(arguments))
     except (InputError, WorkError, DamageError) as error:
@@ -31,9 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing more
         return 1
-    except KeyboardInterrupt:
-        _say("handstill: interrupted; what is finished is kept, the same command goes on from there", sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        signals = [*(argument for argument in stop.args if isinstance(argument, signal.Signals)), signal.SIGINT]
+        _say(
+            f"handstill: stopped by {signals[0].name}; what is finished is kept, the same command goes on from there",
+            sys.stderr,
+        )
+        return 128 + signals[0]
+
+
+def _on_sigterm(number: int, _frame: FrameType | None) -> None:
+    """Leave as after Ctrl-C, so that what was begun is ended and Ray's processes stop with us."""
+    raise KeyboardInterrupt(signal.Signals(number))
 
 
 def _global_options() -> argparse.ArgumentParser:

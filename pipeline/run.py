@@ -15,7 +15,7 @@ from pipeline.plan import Stage, StagePlan, StageResult
 from pipeline.synthesising import plan_synthesise, run_synthesise
 from pipeline.teaching import plan_teach, run_teach
 from pipeline.training import plan_train, run_train
-from pipeline.workdir import lease
+from pipeline.workdir import lease, sweep_leftovers
 from pipeline.workers import ray_session
 from storage.errors import InputError
 
@@ -58,6 +58,7 @@ def run_all(experiment: Experiment, last: str | None = None) -> dict[str, StageR
         check_inputs(experiment)
     _check_cost(experiment, plans)
     with lease(experiment.workdir):
+        sweep_leftovers(experiment.workdir)
         experiment.digests.save()
         append_event(experiment.workdir.events, "run_started", stages=[stage.name for stage in stages])
         try:

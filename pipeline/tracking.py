@@ -18,7 +18,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.config import TrackingConfig
 from pipeline.workdir import Workdir
-from storage.durable import write_bytes_atomic
+from storage.durable import partial_path, remove_tree, sync_directory, write_bytes_atomic
 from storage.errors import WorkError
 
 logging.getLogger("alembic").setLevel(logging.WARNING)  # a new SQLite file would print each of its migrations
@@ -47,6 +47,21 @@ def tracking_target(config: TrackingConfig, workdir: Workdir) -> TrackingTarget:
     )
 
 
+def _make_database(path: Path) -> None:
+    """Make the workdir's SQLite file, whole or not at all.
+
+    MLflow makes it by dozens of migrations, seconds long, and refuses one in which only some of them were done.
+    """
+    if path.exists():
+        return
+    folder = partial_path(path)
+    folder.mkdir(parents=True)
+    MlflowClient(tracking_uri=f"sqlite:///{folder / path.name}").get_experiment_by_name("")
+    (folder / path.name).replace(path)
+    sync_directory(path.parent)
+    remove_tree(folder)
+
+
 @dataclass(frozen=True)
 class CacheInput:
     """One data set as a run read it: a cache snapshot."""
@@ -65,6 +80,8 @@ class Tracker:
     def __init__(self, target: TrackingTarget) -> None:
         self.target = target
         try:
+            if target.artifacts is not None:
+                _make_database(Path(target.uri.removeprefix("sqlite:///")))
             self._client = MlflowClient(tracking_uri=target.uri)
             self._experiment = self._experiment_id()
         except (MlflowException, OSError) as error:

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
+from storage.durable import is_partial, remove_tree, sweep_partial
 from storage.errors import InputError, WorkError
 
 log = logging.getLogger("handstill")
@@ -128,6 +129,17 @@ def lease(workdir: Workdir, orphans_end_in_s: float = ORPHANS_END_IN_S) -> Itera
         # From here on a worker of another run that begins is refused; those at work already are waited for.
         _wait_for_orphans(workdir, orphans_end_in_s)
         yield
+
+
+def sweep_leftovers(workdir: Workdir) -> None:
+    """Remove what killed runs were writing outside the caches, which sweep themselves. Only under the lease."""
+    for folder in (workdir.root, workdir.state, workdir.report):
+        if folder.is_dir():
+            sweep_partial(folder)
+    for tree in (workdir.manifests, workdir.students, workdir.evaluations):
+        for path in [path for path in tree.rglob(".*.partial") if is_partial(path)]:
+            if path.exists():  # not one within another
+                remove_tree(path)
 
 
 def _holder() -> dict[str, str | int]:

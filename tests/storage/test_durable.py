@@ -55,7 +55,6 @@ def test_a_failed_write_leaves_the_old_bytes(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="disk full"):
         write_bytes_atomic(path, b"new")
     assert path.read_bytes() == b"old"
-    assert sweep_partial(tmp_path) == 1
     assert [left.name for left in tmp_path.iterdir()] == ["a"]
 
 
