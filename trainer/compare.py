@@ -193,7 +193,7 @@ class _Errors:
 
 def _errors(table: Mapping[str, NDArray[Any]] | None) -> _Errors | None:
     for metric in PAIRED_METRICS:
-        if table is not None and metric in table:
+        if table is not None and metric in table and np.isfinite(table[metric]).any():
             return _Errors(metric, dict(zip(table["sample_id"].tolist(), table[metric].tolist(), strict=True)))
     return None
 

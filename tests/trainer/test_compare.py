@@ -12,6 +12,7 @@ from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
 from storage.errors import InputError
+import trainer.compare as compare_module
 from trainer.compare import Comparison, compare, paired_difference
 from trainer.config import CompareConfig, GateConfig
 from trainer.pictures import sheet
@@ -183,3 +184,14 @@ def test_the_report_stands_alone(store: Store, comparison: Comparison, tmp_path:
     before = page
     write_report(shown, tmp_path)
     assert (tmp_path / "report.html").read_text() == before
+
+
+def test_a_set_without_3d_truth_is_compared_by_its_2d_errors() -> None:
+    columns = {
+        "sample_id": np.array(["a", "b"], object),
+        "pa_mpjpe_mm": np.array([np.nan, np.nan]),
+        "error_2d_share": np.array([0.1, 0.2]),
+    }
+    errors = compare_module._errors(columns)
+    assert errors is not None
+    assert (errors.metric, errors.by_id) == ("error_2d_share", {"a": 0.1, "b": 0.2})
