@@ -36,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing more
         return 1
+    except OSError as error:  # a full disk, a folder that may not be written to
+        if arguments.verbose:
+            logging.getLogger("handstill").exception("the command failed")
+        _say(f"handstill: {error}; what is finished is kept, the same command goes on from there", sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         signals = [*(argument for argument in stop.args if isinstance(argument, signal.Signals)), signal.SIGINT]
         _say(

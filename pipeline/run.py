@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from pipeline.checking import check_inputs
 from pipeline.comparing import plan_compare, run_compare
@@ -64,7 +65,8 @@ def run_all(experiment: Experiment, last: str | None = None) -> dict[str, StageR
         try:
             return _run_stages(experiment, stages, plans)
         except BaseException as error:
-            append_event(experiment.workdir.events, "run_failed", error=f"{type(error).__name__}: {error}"[:2000])
+            with suppress(OSError):  # a full disk must not hide why the run failed
+                append_event(experiment.workdir.events, "run_failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise
 
 
