@@ -14,7 +14,7 @@ from pipeline.digests import Stamp, digest_of, stamp
 from pipeline.experiment import Experiment
 from stages.config import DatasetConfig, HamerNpzDataset
 from stages.ingest import ingest_identity, named_files, source_files
-from storage.durable import sha256_file, write_bytes_atomic
+from storage.durable import write_bytes_atomic
 from storage.manifest import PLAN_COLUMNS, read_manifest
 
 
@@ -53,7 +53,7 @@ def sources_of(experiment: Experiment, dataset: str, config: DatasetConfig) -> l
 
 
 class ManifestIndex:
-    """source -> manifest file, valid while the files it was made from keep their size, time and inode.
+    """source -> manifest file, valid while the files it was made from keep their size, time and inode, or their bytes.
 
     Losing the index costs a second scan, which finds the same manifests.
     """
@@ -62,6 +62,7 @@ class ManifestIndex:
         self._path = experiment.workdir.state / "sources.json"
         self._folder = experiment.workdir.manifests
         self._rehash = experiment.rehash
+        self._digests = experiment.digests
         self._entries: dict[str, dict[str, Any]] = {}
         if self._path.is_file():
             try:
@@ -75,12 +76,15 @@ class ManifestIndex:
         if entry is None:
             return None
         path = self._folder / str(entry["manifest"])
-        if not path.is_file() or entry["stamps"] != [_stamp_or_none(item) for item in source.inputs()]:
+        if not path.is_file() or not source.path.is_file():
             return None
-        if isinstance(source.config, HamerNpzDataset) and entry["pictures"] != pictures_signature(source, path):
-            return None
-        if self._rehash and sha256_file(source.path) != _source_digest(path):
-            return None
+        same = entry["stamps"] == [_stamp_or_none(item) for item in source.inputs()]
+        if isinstance(source.config, HamerNpzDataset):
+            same = same and entry["pictures"] == pictures_signature(source, path)
+            if not same:
+                return None
+        if (not same or self._rehash) and self._digests.sha256(source.path) != _source_digest(path):
+            return None  # only the bytes count: a tar that was touched or copied back needs no second scan
         return path
 
     def knew(self, source: Source) -> bool:
