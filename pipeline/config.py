@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from stages.config import DatasetConfig, SynthesiseConfig, TeacherConfig
 from storage.config import CacheConfig, Section
-from trainer.config import CompareConfig, EvaluateConfig, StudentConfig, TrainConfig, grid_problem
+from trainer.config import CompareConfig, DistillConfig, EvaluateConfig, StudentConfig, TrainConfig, grid_problem
 
 Role = Literal["train", "evaluate"]
+SomeSection = TypeVar("SomeSection", bound=Section)
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""What may be part of a file's name on every system."""
 
 
 class TrackingConfig(Section):
@@ -40,45 +43,27 @@ class PipelineConfig(Section):
     """The whole experiment; sections in the order in which they run."""
 
     schema_version: Literal[1]
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     workdir: str = Field(min_length=1)
     """All outputs go here. A relative path starts at this file's folder."""
     seed: int = Field(default=0, ge=0)
     synthesise: SynthesiseConfig | None = None
-    datasets: dict[str, DatasetConfig]
+    datasets: dict[Name, DatasetConfig]
     teacher: TeacherConfig
     cache: CacheConfig = CacheConfig()
     train: TrainConfig
-    students: dict[str, StudentConfig]
+    students: dict[Name, StudentConfig]
     evaluate: EvaluateConfig
     compare: CompareConfig = CompareConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
-    def _names_refer_to_datasets(self) -> PipelineConfig:
-        wrong = [*self._unknown_dataset_names(), *self._unserved_students()]
-        if not self.students:
-            wrong.append("students: names no student; want at least one")
+    def _sections_agree(self) -> PipelineConfig:
+        wrong = disagreements(self.model_dump(mode="json"))
         if wrong:
             raise PydanticCustomError("references", "{problems}", {"problems": "\n".join(wrong)})
         return self
-
-    def _unknown_dataset_names(self) -> Iterable[str]:
-        places: list[tuple[str, Iterable[str]]] = [("train.on", self.train.on), ("evaluate.on", self.evaluate.on)]
-        places += [(f"students.{name}.on", student.resolve(self.train).on) for name, student in self.students.items()]
-        if self.synthesise is not None:
-            places.append(("synthesise.sets", self.synthesise.sets))
-        for place, names in places:
-            for name in names:
-                if name not in self.datasets:
-                    yield f"{place}: no data set is named {name!r}{did_you_mean(name, self.datasets)}"
-
-    def _unserved_students(self) -> Iterable[str]:
-        for name, student in self.students.items():
-            problem = grid_problem(student.distill, self.cache.features.grid)
-            if problem is not None:
-                yield f"students.{name}: {problem}"
 
     def datasets_of(self, role: Role) -> list[str]:
         """The data sets that some student trains on, or that are evaluated on, in the file's order."""
@@ -87,6 +72,67 @@ class PipelineConfig(Section):
         else:
             used = {name for student in self.students.values() for name in student.resolve(self.train).on}
         return [name for name in self.datasets if name in used]
+
+
+def disagreements(document: Mapping[str, Any]) -> list[str]:
+    """What is wrong between the sections of a configuration: names that refer to nothing, grids that serve nobody.
+
+    Takes the plain mapping, so that a file with other mistakes gets these told as well; what is not of the right shape
+    is passed over here.
+    """
+    datasets, students = _mapping(document.get("datasets")), _mapping(document.get("students"))
+    wrong = [
+        f"{place}: no data set is named {name!r}{did_you_mean(name, datasets)}"
+        for place, names in _uses_of_datasets(document)
+        for name in names
+        if datasets and name not in datasets
+    ]
+    gate = _mapping(_mapping(document.get("compare")).get("gate"))
+    evaluated = _names(_mapping(document.get("evaluate")).get("on"))
+    if isinstance(scored := gate.get("dataset"), str) and evaluated and scored not in evaluated:
+        wrong.append(f"compare.gate.dataset: {scored!r} is not evaluated on{did_you_mean(scored, evaluated)}")
+    wrong += [
+        f"compare.gate.students: no student is named {name!r}{did_you_mean(name, students)}"
+        for name in _names(gate.get("students"))
+        if name not in students
+    ]
+    if document.get("students") == {}:
+        wrong.append("students: names no student; want at least one")
+    return [*wrong, *_unserved_students(document)]
+
+
+def _uses_of_datasets(document: Mapping[str, Any]) -> Iterator[tuple[str, Collection[str]]]:
+    """(dotted path, the data sets it names)."""
+    yield "train.on", _names(_mapping(document.get("train")).get("on"))
+    yield "evaluate.on", _names(_mapping(document.get("evaluate")).get("on"))
+    for name, student in _mapping(document.get("students")).items():
+        yield f"students.{name}.on", _names(_mapping(student).get("on"))
+    yield "synthesise.sets", list(_mapping(_mapping(document.get("synthesise")).get("sets")))
+
+
+def _unserved_students(document: Mapping[str, Any]) -> Iterator[str]:
+    cache = _read(CacheConfig, document.get("cache", {}))
+    for name, section in _mapping(document.get("students")).items():
+        distill = _read(DistillConfig, _mapping(section).get("distill", {}))
+        if cache is not None and distill is not None:
+            problem = grid_problem(distill, cache.features.grid)
+            if problem is not None:
+                yield f"students.{name}: {problem}"
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _names(value: object) -> list[str]:
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+
+
+def _read(kind: type[SomeSection], value: object) -> SomeSection | None:
+    try:
+        return kind.model_validate(value)
+    except ValidationError:
+        return None  # told on its own
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -11,10 +11,14 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config import PipelineConfig, did_you_mean
+from pipeline.config import PipelineConfig, did_you_mean, disagreements
 from storage.errors import InputError
 
 _REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+
+
+FORMATS = ("hamer_tar", "hamer_npz")
+_TYPES = ("int", "float", "str")
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,6 +60,11 @@ def load_config(path: Path) -> PipelineConfig:
     Raises:
         InputError: the file is missing, is no YAML mapping, or says something wrong; the message lists all of it.
     """
+    return parse_config(read_document(path), str(path))
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The file as plain values, not looked at yet. Raises InputError where it is missing or no YAML mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -69,7 +78,7 @@ def load_config(path: Path) -> PipelineConfig:
         raise InputError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: found {type(document).__name__}, want a mapping that starts with schema_version: 1")
-    return parse_config(document, str(path))
+    return document
 
 
 def parse_config(document: dict[str, Any], where: str) -> PipelineConfig:
@@ -78,6 +87,7 @@ def parse_config(document: dict[str, Any], where: str) -> PipelineConfig:
         return PipelineConfig.model_validate(document)
     except ValidationError as error:
         lines = [line for item in error.errors() for line in _explain(item)]
+        lines = list(dict.fromkeys([*lines, *disagreements(document)]))
         count = f"{len(lines)} problem{'s' if len(lines) != 1 else ''}"
         raise InputError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
 
@@ -88,7 +98,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _explain(item: ErrorDetails) -> list[str]:
-    location = _without_tag(item["loc"])
+    location = _without_union_members(item["loc"])
     dotted = ".".join(str(part) for part in location) or "the file"
     if item["type"] == "references":
         return str(item["msg"]).splitlines()
@@ -98,14 +108,23 @@ def _explain(item: ErrorDetails) -> list[str]:
         return [f"{dotted}: missing; it has to be given"]
     if item["type"] == "value_error":
         return [f"{dotted}: {item['ctx']['error']}"]
+    if item["type"] == "union_tag_not_found":
+        return [f"{dotted}.format: missing; want {' or '.join(FORMATS)}"]
+    if item["type"] == "union_tag_invalid":
+        found = item["ctx"]["tag"]
+        return [f"{dotted}.format: found {found!r}, want {' or '.join(FORMATS)}{did_you_mean(found, FORMATS)}"]
+    if item["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return [f"{dotted}: want a mapping of keys to values; found {_short(item['input'])}"]
     return [f"{dotted}: {item['msg']}; found {_short(item['input'])}"]
 
 
-def _without_tag(location: Sequence[int | str]) -> list[int | str]:
-    """A location without the name of the union member that pydantic puts after a data set's name."""
+def _without_union_members(location: Sequence[int | str]) -> list[int | str]:
+    """A location as the file has it, without what pydantic adds: which member of a union it tried, `[key]`."""
     parts = list(location)
-    if len(parts) > 2 and parts[0] == "datasets" and parts[2] in ("hamer_tar", "hamer_npz"):
+    if len(parts) > 2 and parts[0] == "datasets" and parts[2] in FORMATS:
         del parts[2]
+    if len(parts) > 1 and (parts[-1] in _TYPES or str(parts[-1]).startswith(("literal[", "list[", "[key]"))):
+        del parts[-1]
     return parts
 
 
@@ -134,6 +153,7 @@ def _children(node: dict[str, Any], part: int | str, schema: dict[str, Any]) -> 
             found.append(member["properties"][part])
         elif isinstance(member.get("additionalProperties"), dict):
             found.append(member["additionalProperties"])
+        found += member.get("patternProperties", {}).values()
     return found
 
 

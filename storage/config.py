@@ -11,9 +11,11 @@ FeatureEncoding = Literal["float16", "int8"]
 
 
 class Section(BaseModel):
-    """One section of pipeline.yaml: unknown keys are errors, values cannot be changed after loading."""
+    """One section of pipeline.yaml: unknown keys and wrong types are errors, values cannot be changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class PicturesConfig(Section):

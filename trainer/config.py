@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from storage.config import FeatureGrid, Section
 
@@ -14,6 +14,19 @@ SCORING_VERSION = 1
 """Part of every evaluation's identity: raise it when the same answers would score differently."""
 REPORT_VERSION = 1
 """Raise it when the same scores would be shown differently."""
+
+
+Item = TypeVar("Item")
+
+
+def _once(items: list[Item]) -> list[Item]:
+    twice = sorted({str(item) for item in items if items.count(item) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} stands in the list more than once")
+    return items
+
+
+Once = Annotated[list[Item], AfterValidator(_once)]
 
 
 class DistillConfig(Section):
@@ -57,7 +70,7 @@ class LossWeights(Section):
 class TrainOptions(Section):
     """Keys of `train` that a student may override, with their defaults."""
 
-    on: list[str] = Field(min_length=1)
+    on: Once[str] = Field(min_length=1)
     """Data sets, mixed by their weights."""
     steps: int = Field(default=100_000, ge=1)
     batch_size: int = Field(default=64, ge=1)
@@ -86,7 +99,7 @@ class TrainOptions(Section):
 
 
 class TrainConfig(TrainOptions):
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: Once[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     """Each student is trained once a seed."""
 
 
@@ -124,7 +137,7 @@ class StudentConfig(_Network, TrainOptions):
 
     model_config = ConfigDict(json_schema_extra=_drop_defaults_of_train)
 
-    on: list[str] = Field(default=[], min_length=1)
+    on: Once[str] = Field(default=[], min_length=1)
     """Data sets, mixed by their weights; not given: those of `train`."""
 
     @model_serializer(mode="wrap")
@@ -203,7 +216,7 @@ class LatencyConfig(Section):
 
 
 class EvaluateConfig(Section):
-    on: list[str] = Field(min_length=1)
+    on: Once[str] = Field(min_length=1)
     batch_size: int = Field(default=32, ge=1)
     latency: LatencyConfig = LatencyConfig()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,14 @@ class Answer:
 def handstill(*arguments: str | Path) -> Answer:
     """Run a command line."""
     out, err = io.StringIO(), io.StringIO()
+    handler = signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main([str(argument) for argument in arguments])
         except SystemExit as stop:  # argparse: --help and mistakes in the command line
             code = int(stop.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
     return Answer(code, out.getvalue(), err.getvalue())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.pipeline import inline
-from tests.pipeline.commands import as_json
+from tests.pipeline.commands import as_json, handstill
 from tests.pipeline.lab import Lab
 from tests.tiny_experiment import make_experiment
 
@@ -38,13 +38,11 @@ def inline_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny experiment that ran from tars to report; tests work on copies. `run.json` holds what `run --json` said."""
     folder = tmp_path_factory.mktemp("finished")
-    config = make_experiment(folder)
+    config = make_experiment(folder, {"train.steps": 1})
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         inline.install(patch)
-        from tests.pipeline.commands import handstill
-
         answer = handstill("run", "-c", config, "--json")
     assert answer.code == 0, answer.err
     (folder / "run.json").write_text(answer.out)

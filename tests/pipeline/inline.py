@@ -20,7 +20,6 @@ from pipeline.workdir import Claim
 from pipeline.workers import Resources
 from stages.config import WorkersConfig
 from stages.preparation import PreparedBatch, ShardJob, prepared_batches
-from storage import durable
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
@@ -32,7 +31,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     for module in (run, ingesting, synthesising, teaching, training, evaluating):
         patch.setattr(module, "ray_session", no_session)
     patch.setattr(teaching, "teach_all", teach_all)
-    patch.setattr(durable.os, "fsync", lambda descriptor: None)  # most of the time, and no power is cut here
+    patch.setattr("os.fsync", lambda descriptor: None)  # most of the time, and no power is cut here
 
 
 @contextmanager
