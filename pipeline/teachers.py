@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import ClusterConfig
 from pipeline.events import append_event
 from pipeline.workdir import Claim
-from pipeline.workers import POLL_S, cluster_size, get
+from pipeline.workers import POLL_S, cluster_size, get, is_death
 from stages.config import WorkersConfig
 from stages.preparation import PreparedBatch, ShardJob, prepared_batches
 from storage.errors import WorkError
@@ -93,22 +94,37 @@ class TeacherActor:
             self._started.pop(job.input_hash, None)
 
     def _start(self, job: ShardJob) -> None:
-        import ray
-
         if job.input_hash not in self._started:
-            decode = ray.remote(prepared_batches).options(
-                num_cpus=1,
-                num_returns="streaming",
-                max_retries=self._settings.decode_retries,
-                _generator_backpressure_num_objects=BATCHES_AHEAD,
-            )
-            self._started[job.input_hash] = decode.remote(job)
+            self._started[job.input_hash] = _decode(job)
 
     def _batches(self, job: ShardJob) -> Iterator[PreparedBatch]:
-        for reference in self._started[job.input_hash]:
-            batch: PreparedBatch = get(reference)
-            yield batch
-            append_event(self._events, "teach_batch", unit=job.input_hash, views=len(batch.views))
+        """The decoded batches of a shard that was started. Where the decoding dies, it is begun again."""
+        taken = 0
+        for retries_left in range(self._settings.decode_retries, -1, -1):
+            try:
+                for reference in islice(self._started[job.input_hash], taken, None):
+                    batch: PreparedBatch = get(reference)
+                    yield batch
+                    taken += 1
+                    append_event(self._events, "teach_batch", unit=job.input_hash, views=len(batch.views))
+                return
+            except WorkError as error:
+                if not retries_left or not is_death(error):
+                    raise
+                append_event(self._events, "decoding_died", unit=job.input_hash, why=str(error)[:500])
+                self._started[job.input_hash] = _decode(job)
+
+
+def _decode(job: ShardJob) -> Any:
+    """Begin to decode a shard: references to its batches, as they come.
+
+    Ray must not retry it: the new stream would wait for ever for room that the old one's batches took.
+    """
+    import ray
+
+    options = {"num_cpus": 1, "max_retries": 0, "num_returns": "streaming"}
+    task = ray.remote(prepared_batches).options(**options, _generator_backpressure_num_objects=BATCHES_AHEAD)
+    return task.remote(job)
 
 
 @dataclass

@@ -153,3 +153,10 @@ def get(reference: Any) -> Any:
         raise WorkError(f"a worker failed: {type(cause).__name__}: {first_line} (the traceback: -v)") from error
     except RayError as error:
         raise WorkError(f"workers died too often on one unit of work: {str(error).splitlines()[0]}") from error
+
+
+def is_death(error: WorkError) -> bool:
+    """Whether `get` raised this because a worker died, not because its work failed."""
+    from ray.exceptions import RayError, RayTaskError
+
+    return isinstance(error.__cause__, RayError) and not isinstance(error.__cause__, RayTaskError)
