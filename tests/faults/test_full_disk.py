@@ -1,0 +1,86 @@
+"""A disk that fills up: a clear error, nothing half-written under a final name, and once there is room it goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.cache import CacheFolder
+from storage.verification import verify_shard
+from tests.faults.driver import run, workdir_of
+from tests.faults.experiment import beside, cache_of, leftovers, prepare
+from tests.stages import teaching
+
+
+@pytest.mark.parametrize("limit_bytes", [500, 2_000, 20_000, 60_000])
+def test_a_write_that_fails_leaves_nothing_half_written(tmp_path: Path, limit_bytes: int) -> None:
+    """Files may not grow beyond a limit: the kernel stops a write in its midst, as on a full disk."""
+    table = teaching.write_data(tmp_path)
+    undisturbed = teaching.contents(teaching.run(tmp_path, tmp_path / "calm", table).root)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+        try:
+            teaching.run(tmp_path, tmp_path / "full", table)
+        except OSError as error:
+            os._exit(error.errno or 0)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == errno.EFBIG
+    for root in (tmp_path / "full").iterdir():
+        whole = teaching.contents(root)
+        assert {name: undisturbed[name] for name in whole} == whole
+    assert teaching.contents(teaching.run(tmp_path, tmp_path / "full", table).root) == undisturbed
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte, where we may make one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if mounted.returncode:
+        pytest.skip(f"may not mount a file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(small_disk: Path) -> None:
+    calm = prepare(small_disk.parent)
+    assert run(calm, "run", "teach")[0] == 0
+    config = beside(calm, "full", {"workdir": str(small_disk)})
+    workdir_of(config).symlink_to(small_disk)
+    code, said = run(config, "run", "teach")
+    assert code == 1
+    assert "No space left on device" in said
+    assert "Traceback" not in said
+    for root in (small_disk / "cache").iterdir():
+        folder = CacheFolder(root)
+        assert [damage for record in folder.finished().values() for damage in verify_shard(folder, record)] == []
+    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    code, said = run(config, "run", "teach")
+    assert code == 0, said
+    assert cache_of(config) == cache_of(calm)
+    assert leftovers(config) == []
+
+
+@pytest.mark.slow
+def test_a_disk_that_may_not_be_written_to_is_the_users_to_change(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    code, said = run(beside(prepare(small_disk.parent), "readonly", {"workdir": str(small_disk / "work")}))
+    assert code == 2
+    assert f"cannot write to {small_disk / 'work'}: Read-only file system" in said
+    assert "Traceback" not in said
