@@ -25,7 +25,7 @@ from storage.errors import DamageError, InputError
 from storage.ledger import ShardRecord
 from storage.manifest import ShardPlan, read_manifest, shards_of
 from storage.snapshots import build_snapshot, read_head, snapshot_digest
-from storage.verification import quick_check
+from storage.verification import quick_check, verify_shard
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 """A folder for each GPU that the driver knows; read because importing torch to ask takes seconds."""
@@ -88,8 +88,15 @@ class CacheState:
 
     @cached_property
     def digests(self) -> dict[str, str | None]:
-        """The snapshot each data set should have; None where that is not known before the teacher has run."""
-        return {name: self._digest(name) if self.complete(name) else None for name in self.datasets}
+        """The snapshot each data set should have; None where that is not known before the teacher has run.
+
+        A damaged shard is known by its record: repaired, it will be what it was.
+        """
+        return {name: self._digest(name) if self._foreseen(name) else None for name in self.datasets}
+
+    def _foreseen(self, name: str) -> bool:
+        shards = self.datasets[name]
+        return not shards.unscanned and all(plan.input_hash in self.records for plan in shards.plans)
 
     def snapshot(self, name: str) -> pa.Table:
         """The snapshot of a complete data set."""
@@ -181,8 +188,21 @@ def cache_state(experiment: Experiment, role: Role) -> CacheState:
     records = folder.finished() if folder.ledger_dir.is_dir() else {}
     datasets = {name: _dataset_shards(experiment, role, name, index) for name in experiment.config.datasets_of(role)}
     wanted = {plan.input_hash for shards in datasets.values() for plan in shards.plans} & records.keys()
-    damaged = frozenset(item for item in wanted if quick_check(folder, records[item]))
+    damaged = frozenset(item for item in wanted if _is_damaged(experiment, folder, records[item]))
     return CacheState(role, identity, _settings(experiment, role), folder, datasets, records, damaged)
+
+
+def _is_damaged(experiment: Experiment, folder: CacheFolder, record: ShardRecord) -> bool:
+    """By names and sizes; when asked to hash everything again, by every byte, once a process."""
+    if quick_check(folder, record):
+        return True
+    key = f"{folder.fingerprint}/{record.input_hash}"
+    if not experiment.rehash or key in experiment.reread:
+        return False
+    if verify_shard(folder, record):
+        return True
+    experiment.reread.add(key)
+    return False
 
 
 def _strict_numerics(experiment: Experiment) -> Mapping[str, Any] | None:

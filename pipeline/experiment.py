@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +25,8 @@ class Experiment:
     workdir: Workdir
     limit: int | None = None
     rehash: bool = False
+    reread: set[str] = field(default_factory=set)
+    """Shards that were read again and found whole, by cache and input hash; only where everything is hashed again."""
 
     @cached_property
     def digests(self) -> DigestMemory:

@@ -39,6 +39,7 @@ def test_a_shards_file_is_found_by_plan_and_repaired(lab: Lab, harm: object, dat
     plan = lab.plan()
     assert plan["teach"]["reasons"] == NOTHING | {"damaged": 1}
     assert plan["teach"]["todo"] == 1
+    assert [plan[stage]["todo"] for stage in ("ingest", "train", "evaluate", "compare")] == [0, 0, 0, 0]
     assert any(f"damaged: {dataset}" in line for line in plan["teach"]["why"])
     assert lab.run() == Work(shards={dataset: 1})
     assert tree(lab.workdir / "cache") == before
@@ -121,3 +122,12 @@ def test_a_reader_refuses_what_verify_would_find(lab: Lab) -> None:
     reader = open_cache(shard.parent.parent)
     with pytest.raises(DamageError, match="handstill run"):
         reader.read(range(len(reader)), [0] * len(reader))
+
+
+def test_plan_finds_a_flipped_byte_when_it_hashes_everything(lab: Lab) -> None:
+    before = tree(lab.workdir / "cache")
+    flip_a_byte(features_of(lab.shards("val")[0]))
+    assert lab.reasons() == {}
+    assert lab.reasons("--rehash") == {"teach": {"damaged": 1}}
+    assert lab.run("--rehash") == Work(shards={"val": 1})
+    assert tree(lab.workdir / "cache") == before
