@@ -112,13 +112,21 @@ class TeacherActor:
                 if not retries_left or not is_death(error):
                     raise
                 append_event(self._events, "decoding_died", unit=job.input_hash, why=str(error)[:500])
-                self._started[job.input_hash] = _decode(job)
+                self._start_again(job)
+
+    def _start_again(self, job: ShardJob) -> None:
+        """Decode this shard from its beginning, and stop the next one's decoding, which may hold the core it needs."""
+        import ray
+
+        for stream in self._started.values():
+            ray.cancel(stream, force=True)
+        self._started = {job.input_hash: _decode(job)}
 
 
 def _decode(job: ShardJob) -> Any:
     """Begin to decode a shard: references to its batches, as they come.
 
-    Ray must not retry it: the new stream would wait for ever for room that the old one's batches took.
+    Ray must not retry it: that would wait for a core behind the next shard's decoding, which waits for this shard.
     """
     import ray
 
