@@ -45,7 +45,7 @@ class StagePlan:
             "reasons": {reason: self.reasons.get(reason, 0) for reason in reasons},
             "bytes": self.bytes,
             "teacher_passes": self.teacher_passes,
-            "gpu_hours": round(self.gpu_hours, 6),
+            "gpu_hours": float(f"{self.gpu_hours:.3g}"),
             "why": list(self.why),
             "estimated": self.estimated,
         }

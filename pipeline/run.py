@@ -85,6 +85,7 @@ def _run_stages(experiment: Experiment, stages: Sequence[Stage], plans: dict[str
 
 def _run_stage(experiment: Experiment, stage: Stage) -> StageResult:
     plan = stage.plan(experiment)  # again: what ran upstream may have changed what is to be done
+    _check_cost(experiment, {stage.name: plan})  # sources that were never scanned had no price before
     append_event(experiment.workdir.events, "stage_started", stage=stage.name, todo=plan.todo, total=plan.total)
     started = time.monotonic()
     result = stage.run(experiment, plan)

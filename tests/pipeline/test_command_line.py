@@ -1,0 +1,286 @@
+"""What scripts rely on: verbs and options, exit codes, the documents of --json, and nothing else on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import build_parser
+from tests.pipeline.commands import as_json, handstill
+from tests.pipeline.lab import Lab, tree, work_of
+from tests.tiny_experiment import events_of
+
+GLOBAL = {"-h/--help", "-c/--config", "--json", "-v/--verbose"}
+VERBS = {
+    "check": {"--schema"},
+    "plan": {"STAGE?", "--rehash", "--limit"},
+    "run": {"STAGE?", "--rehash", "--limit"},
+    "status": set(),
+    "show": {"STAGE|PATH"},
+    "verify": {"--no-teacher"},
+    "compare": set(),
+    "clean": {"--stale", "--yes"},
+}
+"""The command line that people's scripts are written against. Add to it; what is here stays."""
+STAGES = ["ingest", "teach", "train", "evaluate", "compare"]
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {
+        "/".join(action.option_strings) or f"{action.metavar}{action.nargs or ''}"
+        for action in parser._actions
+        if not isinstance(action, argparse._SubParsersAction)
+    }
+
+
+def test_the_command_line_is_the_one_that_was_promised() -> None:
+    parser = build_parser()
+    (verbs,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    assert options_of(parser) == GLOBAL
+    assert {name: options_of(verb) - GLOBAL for name, verb in verbs.choices.items()} == VERBS
+    assert all(options_of(verb) >= GLOBAL for verb in verbs.choices.values())
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)], ids=lambda verb: " ".join(verb) or "alone")
+def test_help_is_on_stdout(verb: list[str]) -> None:
+    answer = handstill(*verb, "--help")
+    assert answer.code == 0
+    assert answer.out.startswith("usage: handstill")
+    assert answer.err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["bogus"],
+        ["run", "bogus"],
+        ["run", "--limit", "many"],
+        ["run", "--train.lr", "1"],
+        ["clean"],
+        ["show"],
+        ["check", "-c", "nowhere.yaml"],
+        ["plan", "-c", "nowhere.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_of_the_user_exits_with_2(arguments: list[str]) -> None:
+    answer = handstill(*arguments)
+    assert answer.code == 2
+    assert answer.out == ""
+    assert answer.err
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("limit", ["0", "-3"])
+def test_a_limit_is_positive(lab: Lab, limit: str) -> None:
+    answer = handstill("plan", "-c", lab.config, "--limit", limit)
+    assert answer.code == 2
+    assert f"found {limit}" in answer.err
+
+
+def test_global_options_stand_before_and_after_the_verb(lab: Lab) -> None:
+    wanted = as_json(lab.config, "plan")
+    ways: tuple[list[str | Path], ...] = (
+        ["-c", lab.config, "--json", "plan"],
+        ["--json", "plan", "-c", lab.config],
+        ["-c", "nowhere.yaml", "plan", "-c", lab.config, "--json"],
+        ["-v", "plan", "--config", lab.config, "--json"],
+    )
+    for arguments in ways:
+        answer = handstill(*arguments)
+        assert (answer.code, answer.document) == (0, wanted)
+
+
+def test_the_default_configuration_is_that_of_the_folder(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(lab.folder)
+    assert handstill("plan", "--json").document == as_json(lab.config, "plan")
+
+
+def test_check(lab: Lab) -> None:
+    document = as_json(lab.config, "check")
+    assert document["train"]["weight_decay"] == 1e-4, "resolved: defaults are filled in"
+    assert list(document)[:4] == ["schema_version", "name", "workdir", "seed"]
+    schema = handstill("check", "--schema", "-c", "nowhere.yaml")
+    assert (schema.code, schema.document["type"]) == (0, "object")
+
+
+def test_plan(lab: Lab) -> None:
+    lab.configure({"cache.views": 3})
+    stages = as_json(lab.config, "plan")["stages"]
+    assert list(stages) == STAGES
+    for stage in stages.values():
+        assert {"total", "todo", "reasons", "bytes", "teacher_passes", "gpu_hours"} <= stage.keys()
+        assert list(stage["reasons"]) == ["new", "changed", "removed", "damaged"]
+        assert all(isinstance(stage[key], int) for key in ("total", "todo", "bytes", "teacher_passes"))
+    teach = stages["teach"]
+    assert (teach["total"], teach["todo"], teach["teacher_passes"]) == (8, 6, 12 * 3)
+    assert teach["bytes"] > 0
+    assert teach["gpu_hours"] > 0
+    assert list(as_json(lab.config, "plan", "teach")["stages"]) == ["ingest", "teach"]
+
+
+def test_what_a_plan_estimates_is_about_what_is_written(lab: Lab) -> None:
+    (lab.workdir / "cache").rename(lab.workdir / "cache-of-before")
+    estimated = lab.plan()["teach"]["bytes"]
+    as_json(lab.config, "run", "teach")
+    written = sum(path.stat().st_size for shard in lab.shards() for path in shard.rglob("*") if path.is_file())
+    assert 0.2 < written / estimated < 5  # tiny shards: their headers weigh as much as their data
+
+
+def test_run(finished: Path, lab: Lab) -> None:
+    document = json.loads((finished / "run.json").read_text())
+    assert document["ok"] is True
+    assert list(document["stages"]) == STAGES
+    for stage in document["stages"].values():
+        assert {"done", "skipped", "samples_in", "samples_done", "quarantined", "seconds"} <= stage.keys()
+    counts = {name: (stage["done"], stage["skipped"]) for name, stage in document["stages"].items()}
+    assert counts == {"ingest": (4, 0), "teach": (8, 0), "train": (2, 0), "evaluate": (3, 0), "compare": (1, 0)}
+    assert document["stages"]["teach"]["samples_done"] == 16
+    again = as_json(lab.config, "run")["stages"]
+    assert {name: (stage["done"], stage["skipped"]) for name, stage in again.items()} == {
+        name: (0, done) for name, (done, _) in counts.items()
+    }
+    assert again["teach"]["samples_done"] == 16
+
+
+def test_run_of_one_stage_ends_there(lab: Lab) -> None:
+    assert list(as_json(lab.config, "run", "teach")["stages"]) == ["ingest", "teach"]
+    answer = handstill("run", "synthesise", "-c", lab.config)
+    assert answer.code == 2
+    assert "no synthesise section" in answer.err
+
+
+def test_status(lab: Lab) -> None:
+    document = as_json(lab.config, "status")
+    assert {name: stage["done"] for name, stage in document["stages"].items()} == {
+        "ingest": 4,
+        "teach": 8,
+        "train": 2,
+        "evaluate": 3,
+        "compare": 1,
+    }
+    for stage in document["stages"].values():
+        assert {"total", "done", "stale", "quarantined", "last_error"} <= stage.keys()
+        assert stage["done"] == stage["total"]
+        assert (stage["stale"], stage["quarantined"], stage["last_error"]) == (0, 0, None)
+    lab.configure({"students.hybrid.lr": 1.0})
+    assert as_json(lab.config, "status")["stages"]["train"]["stale"] == 1
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_a_run_that_costs_too_much_is_refused(lab: Lab, scanned: bool) -> None:
+    lab.configure({"cluster.max_gpu_hours": 1e-15, "cache.views": 3})
+    if not scanned:
+        shutil.rmtree(lab.workdir / "state")
+    seen = len(events_of(lab.config))
+    answer = handstill("run", "-c", lab.config)
+    assert answer.code == 2
+    assert "cluster.max_gpu_hours" in answer.err
+    work = work_of(events_of(lab.config, seen))
+    assert (work.shards, work.trained) == ({}, [])
+
+
+def test_status_has_the_last_error_until_the_stage_succeeds(lab: Lab) -> None:
+    tar = lab.rewrite("beta", edits={0: 1})
+    with tar.open("r+b") as handle:
+        handle.truncate(700)
+    answer = handstill("run", "-c", lab.config)
+    assert answer.code == 2
+    assert "beta-000000.tar" in as_json(lab.config, "status")["stages"]["ingest"]["last_error"]
+    lab.rewrite("beta")
+    as_json(lab.config, "run", "ingest")
+    assert as_json(lab.config, "status")["stages"]["ingest"]["last_error"] is None
+
+
+def test_show(lab: Lab) -> None:
+    shard = lab.shards("alpha")[0]
+    document = as_json(lab.config, "show", shard)
+    arrays = {array["name"]: array for array in document["arrays"]}
+    features = arrays["teacher/features"]
+    assert (features["shape"], features["dtype"]) == ([2, 2, 8, 8, 24], "int8")
+    assert features["dimensions"][:2] == ["sample", "view"]
+    assert arrays["teacher/keypoints_3d"]["unit"] == "m"
+    assert document["attributes"]
+    student = next(lab.workdir.glob("students/plain/*/*"))
+    assert as_json(lab.config, "show", student)["kind"] == "student"
+    manifest = next(lab.workdir.glob("manifests/alpha/*.parquet"))
+    assert as_json(lab.config, "show", manifest)["rows"] == 4
+    for stage in STAGES:
+        assert as_json(lab.config, "show", stage)["outputs"], stage
+    answer = handstill("show", "bogus", "-c", lab.config)
+    assert answer.code == 2
+    assert "'bogus'" in answer.err
+
+
+def test_compare(lab: Lab) -> None:
+    document = as_json(lab.config, "compare")
+    assert {"pa_mpjpe_mm", "auc"} <= document["teacher"]["metrics"]["val"].keys()
+    assert {"params_m", "latency_ms"} <= document["teacher"].keys()
+    assert {student["name"] for student in document["students"]} == {"plain", "hybrid"}
+    for student in document["students"]:
+        assert {"seed", "run_id", "backbone", "strategy", "params_m", "metrics", "latency_ms", "fps"} <= student.keys()
+        assert student["metrics"]["val"]["pa_mpjpe_mm"] > 0
+        assert student["latency_ms"]["1"] > 0
+    assert document["gate"]["passed"] is True
+
+
+@pytest.mark.parametrize(("limit", "code"), [(0.0, 1), (10_000.0, 0)])
+def test_the_gate_decides_the_exit_code(lab: Lab, limit: float, code: int) -> None:
+    lab.configure({"compare.gate": {"dataset": "val", "limit": limit}})
+    answer = handstill("compare", "-c", lab.config, "--json")
+    assert answer.code == code
+    assert answer.document["gate"]["passed"] is (code == 0)
+
+
+def test_clean_lists_and_deletes_only_what_is_stale(lab: Lab) -> None:
+    assert as_json(lab.config, "clean", "--stale")["stale"] == {}
+    kept = tree(lab.workdir / "cache")
+    lab.configure({"cache.views": 3, "train.on": ["alpha"]})
+    assert handstill("clean", "--stale", "--yes", "-c", lab.config).code == 2, "what can go is not known yet"
+    as_json(lab.config, "run", "teach")
+    both = tree(lab.workdir / "cache")
+    listed = as_json(lab.config, "clean", "--stale")
+    assert listed["deleted"] is False
+    assert listed["bytes"] == sum(listed["stale"].values()) > 0
+    assert tree(lab.workdir / "cache") == both
+    deleted = as_json(lab.config, "clean", "--stale", "--yes")
+    assert deleted["stale"].keys() == listed["stale"].keys()
+    left = tree(lab.workdir / "cache")
+    assert not any(Path(path).exists() for path in deleted["stale"])
+    assert left.items() < both.items()
+    assert not kept.items() <= left.items()
+    assert as_json(lab.config, "clean", "--stale")["stale"] == {}
+    assert as_json(lab.config, "verify")["ok"] is True
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["check"], ["plan"], ["run"], ["status"], ["show", "teach"], ["verify"], ["compare"], ["clean", "--stale"]],
+    ids=" ".join,
+)
+def test_for_a_person_there_is_text(lab: Lab, arguments: list[str]) -> None:
+    answer = handstill(*arguments, "-c", lab.config)
+    assert answer.code == 0
+    assert answer.out.strip()
+    with pytest.raises(ValueError, match="Expecting|Extra data"):
+        json.loads(answer.out)
+
+
+@pytest.mark.parametrize(("flag", "traced"), [([], False), (["-v"], True)])
+def test_a_traceback_is_shown_on_request_only(lab: Lab, flag: list[str], traced: bool) -> None:
+    lab.configure({"train.lr": -1.0})
+    answer = handstill("plan", "-c", lab.config, *flag)
+    assert answer.code == 2
+    assert ("Traceback" in answer.err) is traced
+    assert "train.lr" in answer.err
+
+
+def test_an_errors_document_is_empty(lab: Lab) -> None:
+    lab.configure({"train.lr": -1.0})
+    answer = handstill("plan", "-c", lab.config, "--json")
+    assert (answer.code, answer.out) == (2, "")
