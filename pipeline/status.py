@@ -41,8 +41,13 @@ def _from_events(experiment: Experiment) -> tuple[dict[str, str], str | None]:
     """Each stage's last error, if no success came after it; and the stage that is running."""
     errors: dict[str, str] = {}
     current: str | None = None
+    covered: list[str] = []
     for event in EventTail(experiment.workdir.events, from_start=True).new():
-        if event["event"] == "stage_started":
+        if event["event"] == "run_started":
+            covered = list(event["stages"])
+        elif event["event"] == "run_done":  # a run with nothing to do begins no stage
+            errors = {stage: error for stage, error in errors.items() if stage not in covered}
+        elif event["event"] == "stage_started":
             current = str(event["stage"])
         elif event["event"] == "stage_done":
             errors.pop(str(event["stage"]), None)

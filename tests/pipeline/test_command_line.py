@@ -267,7 +267,7 @@ def test_for_a_person_there_is_text(lab: Lab, arguments: list[str]) -> None:
     answer = handstill(*arguments, "-c", lab.config)
     assert answer.code == 0
     assert answer.out.strip()
-    with pytest.raises(ValueError, match="Expecting|Extra data"):
+    with pytest.raises(ValueError, match=r"Expecting|Extra data"):
         json.loads(answer.out)
 
 

@@ -1,0 +1,73 @@
+"""The same stages through Ray, as a command of its own: what the tests beside this one leave out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.cache import CacheFolder
+from storage.reading import open_cache
+from tests.tiny_experiment import make_experiment
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "pipeline.cli", *arguments, "-c", str(config)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    config = make_experiment(tmp_path_factory.mktemp("ray"))
+    return config, command(config, "run", "teach", "--json")
+
+
+def test_only_the_document_is_on_stdout(taught: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, done = taught
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    stages = json.loads(done.stdout)["stages"]
+    assert stages["teach"]["done"] == 8
+    assert "teach: 32/32 views" in done.stderr
+
+
+def test_the_caches_are_those_of_a_single_process(
+    taught: tuple[Path, subprocess.CompletedProcess[str]], finished: Path
+) -> None:
+    """Name for name and value for value; shards also say how many threads computed them, which may differ."""
+    caches = sorted((taught[0].parent / "work/cache").iterdir())
+    alone = sorted((finished / "work/cache").iterdir())
+    assert [path.name for path in caches] == [path.name for path in alone]
+    for mine, theirs in zip(caches, alone, strict=True):
+        assert CacheFolder(mine).finished().keys() == CacheFolder(theirs).finished().keys()
+        ours, others = open_cache(mine), open_cache(theirs)
+        assert ours.ids == others.ids
+        for row in range(len(ours)):
+            for name, value in ours[row].items():
+                other = others[row][name]
+                if isinstance(value, str):
+                    assert value == other
+                else:
+                    torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(other), rtol=1e-5, atol=1e-5)
+
+
+def test_a_workers_mistake_of_the_user_keeps_its_type(
+    taught: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    config, _ = taught
+    path = config.parent / "teacher/checkpoints/hamer.ckpt"
+    document = torch.load(path, weights_only=True)
+    del document["state_dict"]["backbone.patch_embed.proj.weight"]
+    torch.save(document, path)
+    done = command(config, "run", "teach", "--json")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "backbone.patch_embed.proj.weight" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 24
