@@ -57,6 +57,7 @@ def test_the_caches_are_those_of_a_single_process(
                     torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(other), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # another start of Ray; the default suite has the same mistake without
 def test_a_workers_mistake_of_the_user_keeps_its_type(
     taught: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
