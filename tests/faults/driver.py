@@ -137,7 +137,10 @@ def workers_of(driver: int, title: str = "") -> list[int]:
     return [
         pid
         for pid in sorted(parents)
-        if titles[pid].startswith("ray::") and title in titles[pid] and driver in _ancestors(pid, parents)
+        if titles[pid].startswith("ray::")
+        and "Agent" not in titles[pid]  # Ray's own, not workers
+        and title in titles[pid]
+        and driver in _ancestors(pid, parents)
     ]
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from tests.faults.driver import workdir_of
 from tests.tiny_experiment import configure, make_experiment, tar_path, write_hands
 
-SHARDS = 5
-"""Two of each tar of the training set, one of the evaluation set."""
+SHARDS = 7
+"""Three of each tar of the training set, one of the evaluation set."""
 STEPS = 6
 CHANGES: dict[str, Any] = {
     "workdir": "calm",
@@ -25,10 +25,10 @@ CHANGES: dict[str, Any] = {
 
 
 def prepare(folder: Path) -> Path:
-    """Tars, teacher and `calm.yaml`: four shards of four batches to train on, one student."""
+    """Tars, teacher and `calm.yaml`: six shards of four batches to train on, one student."""
     config = make_experiment(folder, CHANGES).rename(folder / "calm.yaml")
     for index in (0, 1):
-        write_hands(tar_path(folder, "alpha", index), "alpha", index, count=16)
+        write_hands(tar_path(folder, "alpha", index), "alpha", index, count=24)
     return config
 
 
