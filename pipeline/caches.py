@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import yaml
 from models.hand_model import OPEN_HAND, OPEN_HAND_FILE
 from pipeline.config import Role
 from pipeline.experiment import Experiment
-from pipeline.manifests import ManifestIndex, manifests_of
+from pipeline.manifests import Manifest, ManifestIndex, manifests_of
 from stages.ingest import without_repeated_ids
 from stages.preparation import TeachSettings
 from stages.teach import teach_identity
@@ -215,13 +215,21 @@ def _strict_numerics(experiment: Experiment) -> Mapping[str, Any] | None:
 
 def _dataset_shards(experiment: Experiment, role: Role, name: str, index: ManifestIndex) -> DatasetShards:
     found = [manifest for _, manifest in manifests_of(experiment, name, experiment.datasets[name], index)]
-    manifests = [manifest for manifest in found if manifest is not None]
+    manifests = tuple(manifest for manifest in found if manifest is not None)
     unscanned = len(found) - len(manifests)
+    return _cut_into_shards(name, role, experiment.config.cache.samples_per_shard, manifests, unscanned)
+
+
+@lru_cache(maxsize=64)
+def _cut_into_shards(
+    name: str, role: Role, samples_per_shard: int, manifests: tuple[Manifest, ...], unscanned: int
+) -> DatasetShards:
+    """Remembered, because the plan of every stage asks; the manifests are told apart as objects, not by value."""
     if not manifests:
         return DatasetShards(name, pa.table({}), (), unscanned)
     tables = without_repeated_ids([manifest.table for manifest in manifests])
     table = pa.concat_tables(tables)
-    plans = shards_of(table, role, experiment.config.cache.samples_per_shard)
+    plans = shards_of(table, role, samples_per_shard)
     first_rows = accumulate((len(table) for table in tables[:-1]), initial=0)
     paths = tuple(manifest.path for manifest in manifests)
     return DatasetShards(name, table, tuple(plans), unscanned, paths, tuple(first_rows))

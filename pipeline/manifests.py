@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,14 @@ def manifests_of(
             if left is not None:
                 return  # how many samples it holds decides whether another is needed
             continue
-        table = read_manifest(path, PLAN_COLUMNS)
+        manifest = _manifest(path, left)
         if left is not None:
-            table = table.slice(0, left)
-            left -= len(table)
-        yield source, Manifest(path, table)
+            left -= len(manifest.table)
+        yield source, manifest
+
+
+@cache
+def _manifest(path: Path, limit: int | None) -> Manifest:
+    """Read once a process: a manifest's name is its content, and every stage's plan asks for all of them."""
+    table = read_manifest(path, PLAN_COLUMNS)
+    return Manifest(path, table if limit is None else table.slice(0, limit))
