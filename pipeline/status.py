@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.caches import cache_state
 from pipeline.events import EventTail
 from pipeline.experiment import Experiment
 from pipeline.ingesting import ingested, quarantined
 from pipeline.manifests import ManifestIndex
 from pipeline.plan import StagePlan
 from pipeline.run import plan_all
-from storage.cache import CacheFolder
+from pipeline.teaching import ROLES
 from storage.errors import DamageError, InputError
-from storage.snapshots import read_head, read_info, snapshot_path
+from storage.snapshots import read_info, snapshot_path
 
 
 def status(experiment: Experiment) -> dict[str, Any]:
@@ -66,10 +67,12 @@ def _quarantined_at_ingest(experiment: Experiment) -> int:
 def _quarantined_at_teach(experiment: Experiment) -> int:
     """Samples that the current snapshots leave out, those of ingest included."""
     total = 0
-    for path in experiment.workdir.caches.glob("*/cache.json"):
-        root = CacheFolder(path.parent).root
-        try:
-            total += sum(read_info(snapshot_path(root, digest)).quarantined for digest in read_head(root).values())
-        except (DamageError, InputError):
-            continue  # `plan` names what is damaged
+    for role in ROLES:
+        state = cache_state(experiment, role)
+        for name in state.datasets:
+            digest = state.head.get(name)
+            try:
+                total += 0 if digest is None else read_info(snapshot_path(state.root, digest)).quarantined
+            except (DamageError, InputError):
+                continue  # `plan` names what is damaged
     return total

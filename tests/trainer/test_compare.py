@@ -11,8 +11,8 @@ import pytest
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
-from storage.errors import InputError
 import trainer.compare as compare_module
+from storage.errors import InputError
 from trainer.compare import Comparison, compare, paired_difference
 from trainer.config import CompareConfig, GateConfig
 from trainer.pictures import sheet
