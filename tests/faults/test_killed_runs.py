@@ -192,7 +192,8 @@ def test_a_training_goes_on_from_its_checkpoint(story: Story) -> None:
     assert set(steps) == set(range(1, STEPS + 1))
     assert all(count <= 2 for count in steps.values()), steps
     assert sum(steps.values()) <= STEPS + 2
-    assert sum(event["event"] == "train_started" for event in read_events(story.config)) == 3
+    started = sum(event["event"] == "train_started" for event in read_events(story.config))
+    assert started in (2, 3)  # 2 where the killed driver's orphan was fast enough to end the training before it died
 
 
 def test_a_shard_whose_teachers_keep_dying_ends_the_run(story: Story) -> None:
