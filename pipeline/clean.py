@@ -11,7 +11,7 @@ from pipeline.evaluating import evaluation_states
 from pipeline.experiment import Experiment
 from pipeline.ingesting import used_datasets
 from pipeline.manifests import ManifestIndex, manifests_of
-from pipeline.tables import human_bytes
+from pipeline.tables import bytes_below, human_bytes
 from pipeline.training import StudentState, student_states
 from pipeline.workdir import lease
 from storage.cache import CacheFolder
@@ -40,7 +40,7 @@ def clean(experiment: Experiment, *, delete: bool) -> dict[str, Any]:
         *_stale_students(experiment, students),
         *_stale_evaluations(experiment),
     ]
-    sizes = {str(path): _bytes(path) for path in stale}
+    sizes = {str(path): bytes_below(path) for path in stale}
     if delete:
         with lease(experiment.workdir):
             for path in stale:
@@ -91,11 +91,6 @@ def _delete(path: Path) -> None:
         CacheFolder(path.parent.parent).discard(path.stem)
     else:
         remove_tree(path)
-
-
-def _bytes(path: Path) -> int:
-    files = [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]
-    return sum(item.stat().st_size for item in files)
 
 
 def clean_text(document: Mapping[str, Any]) -> str:

@@ -83,8 +83,6 @@ class Stage:
     """Reads only; cheap enough for a run that finds nothing to do."""
     run: Callable[[Experiment, StagePlan], StageResult]
     """Does what the plan says; called also when nothing is to do, to count what is there."""
-    describes: str
-    """One line for people."""
 
 
 def count_reasons(reasons: list[Reason]) -> dict[Reason, int]:

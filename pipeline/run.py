@@ -21,12 +21,12 @@ from pipeline.workers import ray_session
 from storage.errors import InputError
 
 STAGES = (
-    Stage("synthesise", plan_synthesise, run_synthesise, "render an open hand into data sets in HaMeR's formats"),
-    Stage("ingest", plan_ingest, run_ingest, "source files -> one manifest row a hand"),
-    Stage("teach", plan_teach, run_teach, "the teacher looks at every view once -> cache shards"),
-    Stage("train", plan_train, run_train, "students learn from the caches"),
-    Stage("evaluate", plan_evaluate, run_evaluate, "score students and teacher on held-out sets"),
-    Stage("compare", plan_compare, run_compare, "one table and report from MLflow"),
+    Stage("synthesise", plan_synthesise, run_synthesise),
+    Stage("ingest", plan_ingest, run_ingest),
+    Stage("teach", plan_teach, run_teach),
+    Stage("train", plan_train, run_train),
+    Stage("evaluate", plan_evaluate, run_evaluate),
+    Stage("compare", plan_compare, run_compare),
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.experiment import Experiment, open_experiment
-from pipeline.tables import human_bytes, table
+from pipeline.tables import bytes_below, human_bytes, table
 from storage.cache import CacheFolder
 from storage.errors import InputError
 from storage.snapshots import read_head, read_info, snapshot_path
@@ -50,7 +50,7 @@ def _outputs(stage: str, folder: Path) -> list[Path]:
 def _brief(path: Path) -> dict[str, Any]:
     if (path / "cache.json").is_file() or path.suffix == ".parquet":
         return _show_path(path)
-    return {"path": str(path), "bytes": _bytes(path)}
+    return {"path": str(path), "bytes": bytes_below(path)}
 
 
 def _show_path(path: Path) -> dict[str, Any]:
@@ -122,11 +122,6 @@ def _show_parquet(path: Path) -> dict[str, Any]:
         "quarantined": None if reasons is None else len(reasons) - reasons.null_count,
         "columns": {field.name: str(field.type) for field in file.schema_arrow},
     }
-
-
-def _bytes(path: Path) -> int:
-    files = [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]
-    return sum(item.stat().st_size for item in files)
 
 
 def show_text(document: Mapping[str, Any]) -> str:
