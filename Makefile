@@ -23,7 +23,7 @@ test-slow: $(STAMP)  ## full-size networks, fault and fuzz tests
 	$(BIN)/python -m pytest -m slow
 
 real-hands: $(STAMP)  ## the whole pipeline on real photographs with a full-size teacher of seeded weights
-	test -e runs/real-hands/hamer || $(BIN)/python ../shared/reference/make_checkpoint.py runs/real-hands/hamer
+	test -e runs/real-hands/hamer/data/mano_mean_params.npz || $(BIN)/python ../shared/reference/make_checkpoint.py runs/real-hands/hamer
 	$(BIN)/handstill -c tests/e2e/real-hands.yaml run
 
 check: lint types contracts test  ## what CI runs
