@@ -80,9 +80,8 @@ def _create(name: str, **options: Any) -> Any:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise InputError(
-            f"backbone {name!r} is no timm model.{hint} `python -c 'import timm; timm.list_models()'` lists."
-        )
+        listing = "`.venv/bin/python -c 'import timm; print(timm.list_models())'`"
+        raise InputError(f"backbone {name!r} is no timm model.{hint} {listing} lists all.")
     config = timm.models.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:  # transformers are built for one size
         options["img_size"] = IMAGE_SIZE

@@ -108,7 +108,8 @@ class Student(nn.Module):
         folder = Path(path)
         absent = [name for name in (_SPEC_FILE, _WEIGHTS_FILE, _HAND_FILE) if not (folder / name).is_file()]
         if absent:
-            raise InputError(f"{folder}: no student: {', '.join(absent)} missing. Wanted a folder that training wrote.")
+            wanted = "a folder students/<name>/seed-<n>/<identity>/student"
+            raise InputError(f"{folder}: no student: {', '.join(absent)} missing. Wanted {wanted}.")
         try:
             stored = _StoredSpec.model_validate_json((folder / _SPEC_FILE).read_text())
             weights = load_safetensors(folder / _WEIGHTS_FILE)

@@ -24,8 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
     arguments = build_parser().parse_args(argv)
     _set_up_logging(arguments.verbose)
+    stopped_by: list[signal.Signals] = []
+
+    def on_sigterm(number: int, _frame: FrameType | None) -> None:
+        """Leave as after Ctrl-C, so that what was begun is ended and Ray's processes stop with us."""
+        stopped_by.append(signal.Signals(number))  # Ray may raise a KeyboardInterrupt of its own in place of ours
+        raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _on_sigterm)
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         return int(arguments.command(arguments))
     except (InputError, WorkError, DamageError) as error:
@@ -41,18 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.getLogger("handstill").exception("the command failed")
         _say(f"handstill: {error}; what is finished is kept, the same command goes on from there", sys.stderr)
         return 1
-    except KeyboardInterrupt as stop:
-        signals = [*(argument for argument in stop.args if isinstance(argument, signal.Signals)), signal.SIGINT]
+    except KeyboardInterrupt:
+        cause = stopped_by[0] if stopped_by else signal.SIGINT
         _say(
-            f"handstill: stopped by {signals[0].name}; what is finished is kept, the same command goes on from there",
+            f"handstill: stopped by {cause.name}; what is finished is kept, the same command goes on from there",
             sys.stderr,
         )
-        return 128 + signals[0]
-
-
-def _on_sigterm(number: int, _frame: FrameType | None) -> None:
-    """Leave as after Ctrl-C, so that what was begun is ended and Ray's processes stop with us."""
-    raise KeyboardInterrupt(signal.Signals(number))
+        return 128 + cause
 
 
 def _global_options() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.experiment import Experiment, open_experiment
 from pipeline.tables import bytes_below, human_bytes, table
 from storage.cache import CacheFolder
-from storage.errors import InputError
+from storage.errors import DamageError, InputError
 from storage.snapshots import read_head, read_info, snapshot_path
 
 
@@ -54,6 +54,15 @@ def _brief(path: Path) -> dict[str, Any]:
 
 
 def _show_path(path: Path) -> dict[str, Any]:
+    try:
+        return _show_output(path)
+    except InputError:
+        raise
+    except (ValueError, KeyError, OSError) as error:  # pyarrow's and zarr's errors are among them
+        raise DamageError(f"show: {path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _show_output(path: Path) -> dict[str, Any]:
     if (path / "zarr.json").is_file():
         return _show_zarr(path)
     if (path / "cache.json").is_file():
@@ -146,6 +155,6 @@ def show_text(document: Mapping[str, Any]) -> str:
 
 
 def _brief_line(item: Mapping[str, Any]) -> str:
-    facts = {key: item[key] for key in ("rows", "quarantined", "shards") if item.get(key) is not None}
-    size = f", {human_bytes(item['bytes'])}" if "bytes" in item else ""
-    return f"  {item['path']}: " + ", ".join(f"{value} {key}" for key, value in facts.items()) + size
+    facts = [f"{item[key]} {key}" for key in ("rows", "quarantined", "shards") if item.get(key) is not None]
+    facts += [human_bytes(item["bytes"])] if "bytes" in item else []
+    return f"  {item['path']}: " + ", ".join(facts)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from pipeline.experiment import Experiment
-from pipeline.plan import StagePlan, StageResult
+from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
 from pipeline.workdir import claim_of
 from pipeline.workers import Resources, ray_session, run_units
@@ -29,12 +29,13 @@ def plan_synthesise(experiment: Experiment) -> StagePlan:
     """Which files of which sets are not there, or were made by other settings."""
     units: Sequence[SynthesiseUnit] = synthesise_units(_config(experiment), experiment.datasets, experiment.base)
     todo = tuple(unit for unit in units if not unit_done(unit))
+    reasons: list[Reason] = ["changed" if unit.path.exists() else "new" for unit in todo]
     return StagePlan(
         total=len(units),
         todo=len(todo),
         unit="files",
-        reasons={"new": len(todo)} if todo else {},
-        why=tuple(f"new: {unit.path}" for unit in todo),
+        reasons=count_reasons(reasons),
+        why=tuple(f"{reason}: {unit.path}" for reason, unit in zip(reasons, todo, strict=True)),
         units=todo,
     )
 

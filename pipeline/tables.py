@@ -90,7 +90,7 @@ def where_things_are(experiment: Experiment) -> list[str]:
     uri = tracking_target(experiment.config.tracking, experiment.workdir).uri
     return [
         f"report:        {experiment.workdir.report / 'report.html'}",
-        f"pictures:      {experiment.workdir.students}/*/seed-*/*/pictures",
+        f"pictures:      {experiment.workdir.students}/*/seed-*/*/pictures.png",
         f"MLflow store:  {uri}   (mlflow ui --backend-store-uri {uri})",
     ]
 

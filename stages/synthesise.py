@@ -102,6 +102,9 @@ def unit_done(unit: SynthesiseUnit) -> bool:
     record = _read_record(unit)
     if record.get("identity") != unit.identity or not record.get("files"):
         return False
+    places = (unit.image_dir, unit.truth_xyz, unit.truth_verts)  # as `datasets` names them now
+    if not all(place is None or place.exists() for place in places):
+        return False
     return all(_has_size(unit.path.parent / name, file["bytes"]) for name, file in record["files"].items())
 
 

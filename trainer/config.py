@@ -12,7 +12,7 @@ TRAINING_VERSION = 1
 """Part of every student's identity: raise it when the same recipe on the same snapshot would learn differently."""
 SCORING_VERSION = 1
 """Part of every evaluation's identity: raise it when the same answers would score differently."""
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 """Raise it when the same scores would be shown differently."""
 
 

@@ -38,7 +38,8 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = table(comparison.document)
     write_bytes_atomic(folder / TABLE_CSV, _csv(rows).encode())
-    write_bytes_atomic(folder / TABLE_MD, _markdown(rows).encode())
+    notes = "".join(f"\n{line}\n" for line in warnings(comparison.document))
+    write_bytes_atomic(folder / TABLE_MD, (_markdown(rows) + notes).encode())
     write_bytes_atomic(folder / REPORT_HTML, _html(comparison, rows).encode())
 
 
@@ -95,6 +96,21 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
+def warnings(document: Document) -> list[str]:
+    """What a reader must know before believing the table: students that an answer without looking would beat."""
+    found = []
+    for dataset, scores in document["teacher"]["mean_pose"].items():
+        limit = scores.get("pa_mpjpe_mm")
+        errors = {g["name"]: g["metrics"].get(dataset, {}).get("pa_mpjpe_mm") for g in document["by_student"]}
+        worse = [name for name, error in errors.items() if limit is not None and error is not None and error >= limit]
+        if worse:
+            found.append(
+                f"On {dataset} the mean pose ({limit:.2f} mm PA-MPJPE) is no worse than {', '.join(worse)}: they are "
+                "undertrained, and differences between them say nothing about distillation."
+            )
+    return found
+
+
 def _html(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
     document = comparison.document
     title = html.escape(f"handstill: {document['experiment']}")
@@ -102,6 +118,7 @@ def _html(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
         f"<h1>{title}</h1>",
         _gate_html(document["gate"]),
         _table_html(rows),
+        *(f"<p class=failed>{html.escape(line)}</p>" for line in warnings(document)),
         "<p>Means over seeds ± standard deviation. fps: pictures a second, one at a time, at the median.</p>",
         *(_figure(_trade_off(document, d, m), f"{_TITLES[m]} on {d} against speed") for d, m in _headlines(document)),
         _paired_html(document["paired"]),

@@ -157,6 +157,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def is_worker(pid: int) -> bool:
+    """Whether a process runs and is one of Ray's workers (the number may be another process's by now)."""
+    try:
+        return alive(pid) and (Path("/proc") / str(pid) / "cmdline").read_bytes().startswith(b"ray::")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class LateWorker:
     """A process that holds the claim of the run at work as its workers do, and does not end when they would."""
 

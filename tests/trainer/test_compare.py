@@ -16,7 +16,7 @@ from storage.errors import InputError
 from trainer.compare import Comparison, compare, paired_difference
 from trainer.config import CompareConfig, GateConfig
 from trainer.pictures import sheet
-from trainer.report import write_report
+from trainer.report import warnings, write_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow 3.17 on SQLAlchemy 2.1
 
@@ -195,3 +195,18 @@ def test_a_set_without_3d_truth_is_compared_by_its_2d_errors() -> None:
     errors = compare_module._errors(columns)
     assert errors is not None
     assert (errors.metric, errors.by_id) == ("error_2d_share", {"a": 0.1, "b": 0.2})
+
+
+def test_the_report_warns_of_students_that_the_mean_pose_beats() -> None:
+    def student(name: str, error: float) -> dict[str, Any]:
+        return {"name": name, "metrics": {"val": {"pa_mpjpe_mm": error}}}
+
+    document = {
+        "teacher": {"mean_pose": {"val": {"pa_mpjpe_mm": 20.0}}},
+        "by_student": [student("good", 12.0), student("bad", 26.0)],
+    }
+    (line,) = warnings(document)
+    assert "bad" in line
+    assert "good" not in line
+    document["by_student"] = [student("good", 12.0)]
+    assert warnings(document) == []
