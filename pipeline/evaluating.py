@@ -138,7 +138,7 @@ def evaluate_unit(unit: EvaluateUnit) -> EvaluationResult:
     """Score one network and tell MLflow (runs in a worker)."""
     append_event(unit.events, "evaluate_started", unit=unit.label)
     unit.out_dir.mkdir(parents=True, exist_ok=True)
-    sweep_partial(unit.out_dir)  # of an attempt that died; MLflow gets the whole folder
+    sweep_partial(unit.out_dir)  # of an attempt that died
     result = _score(unit)
     run_id = _log(unit, result)
     write_bytes_atomic(unit.out_dir / LOGGED, canonical_json({"run_id": run_id}))

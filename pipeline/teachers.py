@@ -10,7 +10,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -220,7 +220,7 @@ def teach_all(
     from ray.exceptions import RayActorError
 
     count, cpus, threads = staffing(workers, settings.gpus, *cluster_size())
-    settings = TeacherSettings(**{**settings.__dict__, "threads": threads})
+    settings = replace(settings, threads=threads)
     options = {"num_cpus": cpus, "num_gpus": settings.gpus, "max_restarts": 0}
     office = _Office(iter(jobs), settings, options, cluster.max_retries)
     for _ in range(count):
