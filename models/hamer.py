@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -36,26 +36,13 @@ class HamerConfig(Section):
         What decides the answers must be there and be something this network does; every other key may be anything,
         unresolved `${...}` included. Sizes absent from MODEL.BACKBONE mean ViT-H. Raises InputError.
         """
-        tree = _read_yaml(path)
-        for key, wanted in _REQUIRED.items():
-            _check(path, key, _look_up(tree, key), wanted)
-        for key, wanted in _IF_PRESENT.items():
-            found = _look_up(tree, key)
-            if found is not None:
-                _check(path, key, found, wanted)
-        backbone, decoder = _look_up(tree, "MODEL.BACKBONE"), _look_up(tree, "MODEL.MANO_HEAD.TRANSFORMER_DECODER")
-        _check_decoder(path, decoder)
-        vit = {key.lower(): backbone[key] for key in ("EMBED_DIM", "DEPTH", "NUM_HEADS") if key in backbone}
-        sizes = {key: decoder[key] for key in DecoderSizes.model_fields if key in decoder}
-        try:
-            made = cls.model_validate({"vit": vit, "decoder": sizes, "focal_px": _look_up(tree, "EXTRA.FOCAL_LENGTH")})
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{path}: {where}: found {first['input']!r}: {first['msg']}.") from error
-        context = decoder.get("context_dim", made.decoder.dim)
-        _check(path, "MODEL.MANO_HEAD.TRANSFORMER_DECODER.context_dim", context, made.vit.embed_dim)
-        return made
+        tree = read_model_config(path)
+        _check(path, "MODEL.BACKBONE.TYPE", _look_up(tree, "MODEL.BACKBONE.TYPE"), "vit")
+        backbone = _look_up(tree, "MODEL.BACKBONE")
+        sizes = {key.lower(): backbone[key] for key in ("EMBED_DIM", "DEPTH", "NUM_HEADS") if key in backbone}
+        vit = _validated(path, "vit", VitSizes, sizes)
+        decoder, focal_px = decoder_sizes(path, tree, vit.embed_dim)
+        return _validated(path, "config", cls, {"vit": vit, "decoder": decoder, "focal_px": focal_px})
 
     def to_yaml(self) -> str:
         """A model_config.yaml that `from_yaml` and HaMeR's layout of keys agree on."""
@@ -77,7 +64,6 @@ class HamerConfig(Section):
 
 _REQUIRED = {
     "MODEL.IMAGE_SIZE": IMAGE_SIZE,
-    "MODEL.BACKBONE.TYPE": "vit",
     "MODEL.MANO_HEAD.TYPE": "transformer_decoder",
 }
 _IF_PRESENT = {
@@ -92,13 +78,40 @@ _IF_PRESENT = {
 }
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def decoder_sizes(path: Path, tree: Mapping[str, Any], channels: int) -> tuple[DecoderSizes, Any]:
+    """Sizes of the head for a feature map of `channels`, and the focal length, of a model_config.yaml whose head and
+    input are those of this package. Raises InputError where they are not."""
+    for key, wanted in _REQUIRED.items():
+        _check(path, key, _look_up(tree, key), wanted)
+    for key, wanted in _IF_PRESENT.items():
+        found = _look_up(tree, key)
+        if found is not None:
+            _check(path, key, found, wanted)
+    decoder = _look_up(tree, "MODEL.MANO_HEAD.TRANSFORMER_DECODER")
+    _check_decoder(path, decoder)
+    given = {key: decoder[key] for key in DecoderSizes.model_fields if key in decoder}
+    sizes = _validated(path, "decoder", DecoderSizes, given)
+    context = decoder.get("context_dim", sizes.dim)
+    _check(path, "MODEL.MANO_HEAD.TRANSFORMER_DECODER.context_dim", context, channels)
+    return sizes, _look_up(tree, "EXTRA.FOCAL_LENGTH")
+
+
+Model = TypeVar("Model", bound=Section)
+
+
+def _validated(path: Path, what: str, model: type[Model], values: Mapping[str, Any]) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([what, *(str(part) for part in first["loc"])])
+        raise InputError(f"{path}: {where}: found {first['input']!r}: {first['msg']}.") from error
+
+
+def read_model_config(path: Path) -> Mapping[str, Any]:
+    """A model_config.yaml as it stands, `${...}` unresolved; InputError when it is not readable as one."""
     try:
         tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file. HaMeR's model_config.yaml stands in the folder above the checkpoint's own."
-        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: not a readable YAML file: {error}") from error
     if not isinstance(tree, dict):

@@ -23,6 +23,7 @@ from models.hand_model import HandModel, load_hand_model, save_hand_model
 from models.mano import ManoLayer
 from models.mano_head import DecoderSizes, ManoHead
 from models.preprocessing import FOCAL_LENGTH_PX
+from models.torchvision_backbones import PREFIX, TorchvisionBackbone, torchvision_feature_shape
 from models.vit import GRID_HW, Vit, VitSizes
 from storage.config import Section
 from storage.durable import write_bytes_atomic
@@ -39,7 +40,7 @@ class StudentSpec(Section):
     """What makes a student's network; it is stored beside its weights."""
 
     backbone: str
-    """A timm model name, or `hamer` for HaMeR's own ViT."""
+    """A timm model name, `hamer` for HaMeR's own ViT, or `torchvision/<name>` (models/torchvision_backbones.py)."""
     head: Literal["paper", "light"] = "paper"
     weights: str | None = None
     """Local file of pretrained weights for the backbone, in timm's names; never downloaded, not stored on saving."""
@@ -101,11 +102,15 @@ class Student(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Student:
-        """A student that `save` wrote, on the CPU in eval mode.
+        """A student on the CPU in eval mode: from the folder that `save` wrote, or from a checkpoint of Fast-HaMeR.
 
         Raises InputError where there is none, DamageError when its files do not belong together.
         """
         folder = Path(path)
+        if folder.is_file():
+            from models.fast_hamer import load_fast_hamer  # it builds students
+
+            return load_fast_hamer(folder)[0]
         absent = [name for name in (_SPEC_FILE, _WEIGHTS_FILE, _HAND_FILE) if not (folder / name).is_file()]
         if absent:
             wanted = "a folder students/<name>/seed-<n>/<identity>/student"
@@ -138,11 +143,15 @@ def feature_shape(spec: StudentSpec) -> tuple[int, int, int]:
     """(C,H,W) of a student's `features`, without building it. Raises InputError as the student would."""
     if spec.backbone == HAMER:
         return ((spec.vit or VitSizes()).embed_dim, *GRID_HW)
+    if spec.backbone.startswith(PREFIX):
+        return torchvision_feature_shape(spec.backbone.removeprefix(PREFIX))
     return timm_feature_shape(spec.backbone)
 
 
 def _backbone(spec: StudentSpec) -> nn.Module:
     weights = None if spec.weights is None else Path(spec.weights)
+    if spec.backbone.startswith(PREFIX):
+        return TorchvisionBackbone(spec.backbone.removeprefix(PREFIX), weights)
     if spec.backbone != HAMER:
         return TimmBackbone(spec.backbone, weights)
     vit = Vit(spec.vit or VitSizes())

@@ -14,6 +14,7 @@ import pyarrow as pa
 import yaml
 
 from models.hand_model import OPEN_HAND, OPEN_HAND_FILE
+from models.model_config import model_config_path
 from pipeline.config import Role
 from pipeline.experiment import Experiment
 from pipeline.manifests import Manifest, ManifestIndex, manifests_of
@@ -145,7 +146,7 @@ def cache_identity(experiment: Experiment, role: Role) -> dict[str, Any]:
     return teach_identity(
         settings=_settings(experiment, role),
         checkpoint_sha256=checkpoint_sha256,
-        model_config=_model_config(checkpoint.parent.parent / "model_config.yaml"),
+        model_config=_model_config(model_config_path(checkpoint)),
         hand_model_sha256=checkpoint_sha256 if hand is None else experiment.digests.sha256(hand),
         precision=resolved_precision(experiment),
         strict_numerics=_strict_numerics(experiment),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.hand_model import OPEN_HAND
+from models.model_config import model_config_path
 from pipeline.experiment import Experiment
 from stages.config import HamerNpzDataset
 from stages.ingest import source_files
@@ -33,13 +35,21 @@ def check_inputs(experiment: Experiment, *, backbones: bool = True) -> None:
         raise InputError("the configuration names what is not there:\n" + "\n".join(f"  {line}" for line in problems))
 
 
+def _config_problem(checkpoint: Path) -> str | None:
+    try:
+        model_config_path(checkpoint)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def _teacher_problems(experiment: Experiment) -> Iterator[str]:
     teacher = experiment.config.teacher
     checkpoint = experiment.path(teacher.checkpoint)
     if not checkpoint.is_file():
         yield f"teacher.checkpoint: no file {checkpoint}; want HaMeR's Lightning checkpoint (hamer.ckpt)"
-    elif not (config := checkpoint.parent.parent / "model_config.yaml").is_file():
-        yield f"teacher.checkpoint: no file {config}; HaMeR's model_config.yaml stands above the checkpoint's folder"
+    elif (problem := _config_problem(checkpoint)) is not None:
+        yield f"teacher.checkpoint: {problem}"
     elif teacher.checkpoint_sha256 is not None:
         found = experiment.digests.sha256(checkpoint)
         if found != teacher.checkpoint_sha256:
@@ -70,6 +80,9 @@ def _weights_problems(experiment: Experiment) -> Iterator[str]:
     for name, recipe in experiment.recipes().items():
         if recipe.weights is not None and not experiment.path(recipe.weights).is_file():
             yield f"students.{name}.weights: no file {experiment.path(recipe.weights)}; nothing is ever downloaded"
+        mocap = None if recipe.prior is None else recipe.prior.mocap
+        if mocap is not None and not experiment.path(mocap).is_file():
+            yield f"students.{name}.prior.mocap: no file {experiment.path(mocap)}; null takes the batch's own labels"
 
 
 def _backbone_problems(experiment: Experiment) -> Iterator[str]:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.model_config import model_config_path
 from pipeline.caches import CacheState, cache_state
 from pipeline.digests import digest_of
 from pipeline.events import append_event
@@ -233,7 +234,7 @@ def _unit(experiment: Experiment, cache: CacheState, state: EvaluationState) -> 
         seed=0 if student is None else student.seed,
         student=None if student is None else student.folder / "student",
         sets=sets,
-        model_config=experiment.path(config.teacher.checkpoint).parent.parent / "model_config.yaml",
+        model_config=model_config_path(experiment.path(config.teacher.checkpoint)),
         hand_model=cache.root / HAND_MODEL,
         out_dir=state.folder,
         identity=state.digest,

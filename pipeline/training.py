@@ -74,16 +74,19 @@ def student_states(experiment: Experiment, cache: CacheState) -> list[StudentSta
     """Every student of the matrix with its identity."""
     states = []
     for name, recipe in experiment.recipes().items():
-        weights = None if recipe.weights is None else experiment.digests.sha256(experiment.path(recipe.weights))
+        files = {
+            "weights_sha256": _sha256(experiment, recipe.weights),
+            "mocap_sha256": _sha256(experiment, None if recipe.prior is None else recipe.prior.mocap),
+        }
         for seed in experiment.config.train.seeds:
-            identity = _identity(experiment, recipe, seed, cache, weights)
+            identity = _identity(experiment, recipe, seed, cache, files)
             parent = experiment.workdir.students / name / f"seed-{seed}"
             states.append(StudentState(name, seed, recipe, identity, parent))
     return states
 
 
 def _identity(
-    experiment: Experiment, recipe: StudentRecipe, seed: int, cache: CacheState, weights: str | None
+    experiment: Experiment, recipe: StudentRecipe, seed: int, cache: CacheState, files: Mapping[str, str | None]
 ) -> dict[str, Any] | None:
     snapshots = {name: cache.digests[name] for name in recipe.on}
     if None in snapshots.values():
@@ -95,8 +98,12 @@ def _identity(
         "mix": {name: experiment.datasets[name].weight for name in recipe.on},
         "recipe": recipe.identity(),
         "seed": seed,
-        "weights_sha256": weights,
+        **files,
     }
+
+
+def _sha256(experiment: Experiment, name: str | None) -> str | None:
+    return None if name is None else experiment.digests.sha256(experiment.path(name))
 
 
 def plan_train(experiment: Experiment) -> StagePlan:
@@ -240,7 +247,8 @@ def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent
         hand_model=cache.root / "hand_model.safetensors",
         out_dir=folder,
         identity=state.digest,
-        weights=None if state.recipe.weights is None else experiment.path(state.recipe.weights),
+        weights=_path(experiment, state.recipe.weights),
+        mocap=_path(experiment, None if state.recipe.prior is None else state.recipe.prior.mocap),
     )
     inputs = tuple(
         CacheInput(name, str(root), cache.fingerprint, digest, "training") for name, root, digest, _ in snapshots
@@ -254,3 +262,7 @@ def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent
         folder=folder,
     )
     return TrainUnit(job, run, state.label, experiment.workdir.events)
+
+
+def _path(experiment: Experiment, name: str | None) -> Path | None:
+    return None if name is None else experiment.path(name)

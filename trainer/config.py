@@ -67,6 +67,16 @@ class LossWeights(Section):
     betas: float = Field(default=0.0005, ge=0)
 
 
+class PriorConfig(Section):
+    """HaMeR's adversarial prior: a judge that learns which hand poses and shapes are real."""
+
+    weight: float = Field(default=0.0005, gt=0)
+    """Of the judge's opinion in the student's loss; HaMeR's LOSS_WEIGHTS.ADVERSARIAL."""
+    mocap: str | None = None
+    """Real hands: an npz with hand_pose (M,48) and betas (M,10), such as HaMeR's freihand_mocap.npz. null: the trusted
+    labels of the batch itself."""
+
+
 class TrainOptions(Section):
     """Keys of `train` that a student may override, with their defaults."""
 
@@ -86,6 +96,8 @@ class TrainOptions(Section):
     colour_jitter: float = Field(default=0.0, ge=0, le=0.5)
     """Extra colour scaling beyond the stored view; the teacher did not see it, so it is off."""
     loss: LossWeights = LossWeights()
+    prior: PriorConfig | None = None
+    """null: no adversarial pose prior."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=0.5)
     """Share of the training samples (chosen by hash of their id) held out for validation."""
     validation_samples: int = Field(default=2048, ge=1)
@@ -119,8 +131,9 @@ class StudentRecipe(_Network, TrainOptions):
     """A student with nothing left open: its own keys over those of `train` over the defaults."""
 
     def identity(self) -> dict[str, Any]:
-        """What decides the trained weights, as JSON; the caller adds the digest of the `weights` file."""
-        return self.model_dump(mode="json", exclude=_NO_EFFECT_ON_WEIGHTS)
+        """What decides the trained weights, as JSON; the caller adds digests of the `weights` and `mocap` files."""
+        exclude: dict[str, Any] = dict.fromkeys(_NO_EFFECT_ON_WEIGHTS, True) | {"prior": {"mocap"}}
+        return self.model_dump(mode="json", exclude=exclude)
 
 
 _NO_EFFECT_ON_WEIGHTS = {"weights", "log_every", "checkpoint_every", "loader_workers"}

@@ -39,6 +39,8 @@ class TrainJob:
     """Digest of what decides the weights; a checkpoint or result of another identity is not continued."""
     weights: Path | None = None
     """Pretrained backbone weights, already found."""
+    mocap: Path | None = None
+    """Real hands for the pose prior, already found."""
     device: str = "auto"
     """auto: the GPU if there is one."""
 

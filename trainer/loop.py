@@ -44,6 +44,7 @@ from trainer.job import read_result as read_result
 from trainer.learner import StudentUnderTraining, Tensors, keys_for
 from trainer.metrics import pa_mpjpe_mm
 from trainer.pictures import sheet
+from trainer.prior import PosePrior, read_mocap
 from trainer.watch import Watch, stop_signal
 
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
@@ -110,6 +111,7 @@ class _Run:
         self.module.to(self.device).to(memory_format=self.module.memory_format)
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay)
+        self.prior = self._prior()
         self.step = 0
         self.best_step = 0
         self.best: dict[str, float] = {}
@@ -164,6 +166,8 @@ class _Run:
         if state.get("identity") == self.job.identity:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.prior is not None:
+                self.prior.load_state_dict(state["prior"])
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -173,12 +177,30 @@ class _Run:
     def _learn(self, batch: Batch) -> tuple[Tensor, Tensors, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.step)
-        loss, parts, _ = self.module.losses(self._tensors(batch))
+        tensors = self._tensors(batch)
+        loss, parts, outputs = self.module.losses(tensors)
+        if self.prior is not None:
+            pleasing = self.prior.loss(outputs)
+            loss, parts = loss + pleasing, parts | {"prior/pleasing": pleasing.detach()}
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip_grad_norm or math.inf)
         self.optimizer.step()
+        if self.prior is not None:
+            parts |= self.prior.learn(outputs, tensors, self.step)
         return loss.detach(), parts, norm.detach()
+
+    def _prior(self) -> PosePrior | None:
+        if self.recipe.prior is None:
+            return None
+        return PosePrior(
+            self.recipe.prior,
+            published=self.recipe.distill.preset == "paper",
+            mocap=None if self.job.mocap is None else read_mocap(self.job.mocap),
+            seed=self.job.seed,
+            lr=self.recipe.lr,
+            weight_decay=self.recipe.weight_decay,
+        ).to(self.device)
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -227,6 +249,7 @@ class _Run:
             "best": self.best,
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "prior": None if self.prior is None else self.prior.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }

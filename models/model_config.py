@@ -1,0 +1,26 @@
+"""Where a checkpoint's model_config.yaml stands. Light to import: planning asks too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from storage.errors import InputError
+
+MODEL_CONFIG = "model_config.yaml"
+
+
+def model_config_path(checkpoint: Path) -> Path:
+    """The configuration that belongs to a checkpoint.
+
+    HaMeR and Fast-HaMeR keep it in the folder above the checkpoint's own; AnyHand beside the checkpoint. Where both are
+    there, HaMeR's rule holds. Raises InputError that names both places.
+    """
+    folder = checkpoint.absolute().parent
+    places = (folder.parent / MODEL_CONFIG, folder / MODEL_CONFIG)
+    for place in places:
+        if place.is_file():
+            return place
+    raise InputError(
+        f"{checkpoint}: found no {MODEL_CONFIG}, wanted as {places[0]} (HaMeR's place) or {places[1]}. "
+        "It comes with the checkpoint: bring it too."
+    )
