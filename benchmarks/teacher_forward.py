@@ -1,7 +1,7 @@
 """How fast the full-size teacher looks at pictures, beside the same network with unfused attention and beside the time
 that its matrix products alone take on this machine: the ceiling that no implementation passes.
 
-    python benchmarks/teacher_forward.py [--quick] [--json FILE] [--batch N] [--device cpu|cuda]
+    python benchmarks/teacher_forward.py [--quick] [--json FILE] [--batch N] [--device cpu|cuda] [--compile]
 
 The weights are random: their values do not change the time. The three ways take turns, and the best of their turns
 counts; on a CPU the ratios are of processor time, so that a busy machine does not change them much.
@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.hamer import Hamer, HamerConfig
+from models.hamer import Hamer, HamerConfig, hands_from_features
 from models.hand_model import OPEN_HAND, load_hand_model
 from models.mano import ManoLayer
 from models.preprocessing import IMAGE_SIZE
-from models.teacher import KeyReport, Precision, Teacher
+from models.teacher import Precision, Teacher
 from models.vit import GRID_HW, VitSizes
+from models.weight_loading import KeyReport
 
 TOKENS = GRID_HW[0] * GRID_HW[1]
 
@@ -113,7 +114,9 @@ def best_seconds(ways: dict[str, Callable[[], object]], turns: int, device: torc
 
 
 @torch.no_grad()
-def measure(sizes: VitSizes, batch: int, turns: int, device: torch.device) -> tuple[dict[str, Seconds], float]:
+def measure(
+    sizes: VitSizes, batch: int, turns: int, device: torch.device, compiled: bool
+) -> tuple[dict[str, Seconds], float]:
     """Seconds a batch of each way, and the GFLOP of a batch."""
     precision: Precision = "bf16" if device.type == "cuda" else "fp32"
     teacher = random_teacher(sizes, device, precision)
@@ -125,15 +128,31 @@ def measure(sizes: VitSizes, batch: int, turns: int, device: torch.device) -> tu
             teacher(images)
 
     ways: dict[str, Callable[[], object]] = {"ours": lambda: teacher(images), "unfused": unfused, "products": products}
+    if compiled:
+        ways["compiled"] = _compiled(teacher, images)
     return best_seconds(ways, turns, device), gflop
 
 
-def report(sizes: VitSizes, batch: int, device: torch.device) -> dict[str, Any]:
+def _compiled(teacher: Teacher, images: Tensor) -> Callable[[], object]:
+    """The same weights through torch.compile, whose first call takes its minutes here."""
+    backbone = torch.compile(teacher.network.backbone)
+    head, mano, focal_px = teacher.network.mano_head, teacher.network.mano, teacher.network.config.focal_px
+
+    def run() -> object:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=teacher.precision == "bf16"):
+            return hands_from_features(backbone(images), head, mano, focal_px)
+
+    run()
+    return run
+
+
+def report(sizes: VitSizes, batch: int, device: torch.device, compiled: bool) -> dict[str, Any]:
     """Measure, and say it in the layout that all benchmarks share."""
     gpu = device.type == "cuda"
-    seconds, gflop = measure(sizes, batch, turns=20 if gpu else 3, device=device)
+    seconds, gflop = measure(sizes, batch, 20 if gpu else 3, device, compiled)
     machine = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()}, {os.cpu_count()} cores"
     whats = {"ours": "the teacher", "unfused": "with unfused attention", "products": "its matrix products alone"}
+    whats |= {"compiled": "through torch.compile"} if compiled else {}
     rows: list[tuple[str, float, str]] = [
         (f"{what}, batch {batch}, depth {sizes.depth}", batch / seconds[way].wall, "pictures/s")
         for way, what in whats.items()
@@ -157,12 +176,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--batch", type=int, help="pictures a forward pass (4 on a CPU, 64 on a GPU)")
+    parser.add_argument("--batch", type=int, help="pictures a forward pass (8 on a CPU, 64 on a GPU)")
+    parser.add_argument("--compile", action="store_true", help="measure the backbone through torch.compile, too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     sizes = VitSizes(depth=2) if arguments.quick else VitSizes()
-    text = json.dumps(report(sizes, arguments.batch or (64 if device.type == "cuda" else 4), device), indent=2)
+    batch = arguments.batch or (64 if device.type == "cuda" else 8)
+    text = json.dumps(report(sizes, batch, device, arguments.compile), indent=2)
     print(text)
     if arguments.json is not None:
         arguments.json.write_text(text + "\n")

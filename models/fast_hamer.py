@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.checkpoint import read_checkpoint
 from models.hamer import HamerConfig, decoder_sizes, read_model_config
+from models.hand_model import OPEN_HAND, load_hand_model
 from models.model_config import model_config_path
 from models.preprocessing import FOCAL_LENGTH_PX
 from models.student import HAMER, Student, StudentSpec, feature_shape
@@ -67,10 +69,10 @@ def load_fast_hamer(checkpoint: str | Path, mano_model: str | Path | None = None
     tensors = read_checkpoint(path)
     spec, names = _spec_of(path)
     student = Student(spec, checkpoint_hand_model(path, tensors, mano_model))
-    ours = {names_in_checkpoint(name, names): name for name in student.state_dict()}
-    wanted = {theirs: student.state_dict()[name] for theirs, name in ours.items()}
+    wanted = _entries(student, names)
     report = KeyReport.of(tensors, wanted, own_hand_model=mano_model is not None, also_ignored=_NOT_NEEDED)
     report.demand_all(path, tensors, wanted, "MODEL.BACKBONE and MODEL.MANO_HEAD.TRANSFORMER_DECODER")
+    ours = dict(zip(wanted, student.state_dict(), strict=True))
     learnt = {
         ours[name]: loaded_weight(path, name, tensors[name], wanted[name])
         for name in report.used
@@ -81,7 +83,39 @@ def load_fast_hamer(checkpoint: str | Path, mano_model: str | Path | None = None
     return student.eval(), report
 
 
-def names_in_checkpoint(name: str, names: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class CheckpointDescription:
+    """What `describe_checkpoint` found."""
+
+    network: str
+    """The backbone as a `StudentSpec` names it; `hamer` for HaMeR itself and what takes its place."""
+    parameters: int
+    """Of the network, without what is ignored."""
+    model_config: Path
+    report: KeyReport
+
+
+def describe_checkpoint(checkpoint: Path) -> CheckpointDescription:
+    """What loading a checkpoint of HaMeR or Fast-HaMeR would make of each entry, without building the network.
+
+    Raises InputError for a file that is neither; entries that do not fit are in the report.
+    """
+    tensors = read_checkpoint(checkpoint)
+    spec, names = _spec_of(checkpoint)
+    with torch.device("meta"):
+        student = Student(spec, load_hand_model(OPEN_HAND))
+    wanted = _entries(student, names)
+    report = KeyReport.of(tensors, wanted, own_hand_model=False, also_ignored=_NOT_NEEDED)
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    return CheckpointDescription(spec.backbone, parameters, model_config_path(checkpoint), report)
+
+
+def _entries(student: Student, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The student's entries under the checkpoint's names, in order."""
+    return {_name_in_checkpoint(name, names): value for name, value in student.state_dict().items()}
+
+
+def _name_in_checkpoint(name: str, names: Mapping[str, str]) -> str:
     """What an entry of ours is called in Fast-HaMeR's file."""
     for ours, theirs in names.items():
         if name.startswith(f"backbone.{ours}"):

@@ -69,12 +69,17 @@ def _show_output(path: Path) -> dict[str, Any]:
         return _show_cache(path)
     if path.suffix == ".parquet":
         return _show_parquet(path)
+    if path.suffix in (".ckpt", ".pth"):
+        return _show_checkpoint(path)
     if path.suffix == ".json":
         return {"kind": "json", "path": str(path), "content": json.loads(path.read_text(encoding="utf-8"))}
     if (path / "result.json").is_file():
         content = json.loads((path / "result.json").read_text(encoding="utf-8"))
         return {"kind": "student", "path": str(path), "content": content}
-    raise InputError(f"show: {path} is none of a shard (.zarr), a cache folder, a table (.parquet), a student's folder")
+    raise InputError(
+        f"show: {path} is none of a shard (.zarr), a cache folder, a table (.parquet), a student's folder, "
+        "a checkpoint (.ckpt)"
+    )
 
 
 def _show_zarr(path: Path) -> dict[str, Any]:
@@ -118,6 +123,27 @@ def _show_cache(path: Path) -> dict[str, Any]:
         "rows": sum(record.rows for record in records.values()),
         "bytes": sum(record.bytes for record in records.values()),
         "snapshots": snapshots,
+    }
+
+
+def _show_checkpoint(path: Path) -> dict[str, Any]:
+    """What loading it would use, ignore and why, miss, and not expect; and the network that it is."""
+    from models.fast_hamer import describe_checkpoint
+
+    found = describe_checkpoint(path)
+    ignored: dict[str, int] = {}
+    for why in found.report.ignored.values():
+        ignored[why] = ignored.get(why, 0) + 1
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        "network": found.network,
+        "parameters": found.parameters,
+        "model_config": str(found.model_config),
+        "used": len(found.report.used),
+        "ignored": ignored,
+        "missing": list(found.report.missing),
+        "unexpected": list(found.report.unexpected),
     }
 
 

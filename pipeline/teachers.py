@@ -44,6 +44,7 @@ class TeacherSettings:
     claim: Claim
     decode_retries: int
     """How often a shard's decoding is begun again because its process died."""
+    compiled: bool = False
     threads: int | None = None
     """CPU threads of the forward pass; None: torch's own choice."""
 
@@ -71,8 +72,10 @@ class TeacherActor:
             torch.set_num_threads(settings.threads)
         device = "cuda" if settings.gpus else "cpu"
         append_event(settings.events, "teacher_loading", device=device)
-        teacher = load_teacher(settings.checkpoint, settings.mano_model, device, settings.precision)
-        return teacher_forward(teacher, device), numerics(device)
+        teacher = load_teacher(
+            settings.checkpoint, settings.mano_model, device, settings.precision, compiled=settings.compiled
+        )
+        return teacher_forward(teacher, device), numerics(device, compiled=settings.compiled)
 
     def teach(self, job: ShardJob, following: ShardJob | None) -> ShardRecord:
         """Teach one shard; begin to decode the following one."""

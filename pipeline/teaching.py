@@ -200,6 +200,7 @@ def _settings(experiment: Experiment) -> TeacherSettings:
         events=experiment.workdir.events,
         claim=claim_of(experiment.workdir),
         decode_retries=experiment.config.cluster.max_retries,
+        compiled=teacher.compile,
     )
 
 

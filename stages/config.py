@@ -87,7 +87,7 @@ class WorkersConfig(Section):
 
 class TeacherConfig(Section):
     checkpoint: str
-    """Lightning checkpoint in HaMeR's layout; model_config.yaml stands in the folder above its own."""
+    """Lightning checkpoint in HaMeR's layout; model_config.yaml stands in the folder above its own, or beside it."""
     checkpoint_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """When given, the file must have this digest."""
     mano_model: str | None = None
@@ -96,6 +96,9 @@ class TeacherConfig(Section):
     """Every forward runs at exactly this size (padded), so it is part of the cache's identity."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
+    compile: bool = False
+    """Run the backbone through torch.compile: minutes at the start of each teacher, and it wants a C++ compiler there.
+    It moves the last bits, so it is provenance, as torch's version is."""
     workers: WorkersConfig = WorkersConfig()
 
 

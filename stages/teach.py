@@ -259,10 +259,11 @@ def _to_grid_on_device(features_BHWC: Tensor, grid: FeatureGrid) -> Tensor:
     return features_BHWC
 
 
-def numerics(device: str) -> dict[str, Any]:
+def numerics(device: str, *, compiled: bool = False) -> dict[str, Any]:
     """What only moves the last bits of an answer on this machine: recorded with each shard."""
     import torch
 
+    how = {"torch": torch.__version__} | ({"compiled": True} if compiled else {})
     if device.startswith("cuda"):
-        return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
-    return {"device": "cpu", "torch": torch.__version__, "threads": torch.get_num_threads()}
+        return {"device": torch.cuda.get_device_name(device)} | how
+    return {"device": "cpu"} | how | {"threads": torch.get_num_threads()}

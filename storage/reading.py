@@ -60,7 +60,12 @@ class CacheReader:
         self._open_limit = open_shards or shards_to_keep_open()
         self.identity: dict[str, Any] = read_description(root)["identity"]
         table = pa.concat_tables([read_snapshot(snapshot_path(root, digest)) for digest in self.digests.values()])
-        self._rows = table.filter(pc.is_valid(table["row"])).select(["sample_id", "dataset", "shard", "row"])
+        cached = pc.is_valid(table["row"])
+        self.samples_in = len(table)
+        """Samples of the snapshots, those that were left out included."""
+        self.snapshot_rows: NDArray[np.int64] = np.flatnonzero(cached.to_numpy(zero_copy_only=False))
+        """Where each position stands among them: for whoever must answer in the data set's own order."""
+        self._rows = table.filter(cached).select(["sample_id", "dataset", "shard", "row"])
         shards = self._rows["shard"].combine_chunks().dictionary_encode()
         self._shard_names: list[str] = shards.dictionary.to_pylist()
         self._shard_of: NDArray[np.int32] = shards.indices.to_numpy()

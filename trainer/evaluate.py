@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -95,6 +96,10 @@ class EvaluationResult:
     metrics: dict[str, dict[str, float]]
     """Data set -> metric -> value (trainer.scores); millimetres where the name says so."""
     samples: dict[str, int]
+    """Scored; `unanswered` are not among them."""
+    unanswered: dict[str, int] = field(default_factory=dict)
+    """Samples of each set that were quarantined. pred.json answers them with the mean pose, since the authors' scripts
+    want as many answers as there are pictures: their scores count them, ours do not."""
     mean_pose: dict[str, dict[str, float]] = field(default_factory=dict)
     """The same metrics for the hand model's mean pose on every picture: what knowing nothing scores. Teacher only."""
     params_m: float | None = None
@@ -121,7 +126,9 @@ def evaluate_student(job: EvaluateJob) -> EvaluationResult:
     device = _device(job.device)
     student = Student.load(job.student).to(device).eval()
     predict = student_prediction(student, device)
-    metrics, samples = _score_sets(job.sets, job.out_dir, STUDENT_VIEW, predict, job.batch_size)
+    metrics, samples, unanswered = _score_sets(
+        job.sets, job.out_dir, STUDENT_VIEW, predict, job.batch_size, mean_pose(student.hand_model)
+    )
     channels_last = student.channels_last_safe
     latency = measure(student, job.latency, device, channels_last=channels_last) if job.latency else {}
     return _finish(
@@ -132,6 +139,7 @@ def evaluate_student(job: EvaluateJob) -> EvaluationResult:
             identity=job.identity,
             metrics=metrics,
             samples=samples,
+            unanswered=unanswered,
             params_m=sum(p.numel() for p in student.parameters()) / 1e6,
             latency=latency,
             device=describe(device),
@@ -145,9 +153,9 @@ def evaluate_teacher(job: TeacherJob) -> EvaluationResult:
         return done
     hand_model = load_hand_model(job.hand_model)
     teacher, nothing = cached_teacher(hand_model), mean_pose(hand_model)
-    metrics, samples = _score_sets(job.sets, job.out_dir, TEACHER_VIEW, teacher, job.batch_size)
-    baseline, _ = _score_sets(job.sets, None, STUDENT_VIEW, nothing, job.batch_size)
-    result = EvaluationResult("teacher", None, job.identity, metrics=metrics, samples=samples, mean_pose=baseline)
+    metrics, samples, unanswered = _score_sets(job.sets, job.out_dir, TEACHER_VIEW, teacher, job.batch_size, nothing)
+    baseline, _, _ = _score_sets(job.sets, None, STUDENT_VIEW, nothing, job.batch_size, nothing)
+    result = EvaluationResult("teacher", None, job.identity, metrics, samples, unanswered, mean_pose=baseline)
     if job.model_config is not None:
         result = _with_size_and_speed(result, job, HamerConfig.from_yaml(job.model_config), hand_model)
     return _finish(job.out_dir, result)
@@ -197,34 +205,52 @@ def _score_sets(
     view: int,
     predict: Predict,
     batch_size: int,
-) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-    metrics, samples = {}, {}
+    stand_in: Predict,
+) -> tuple[dict[str, dict[str, float]], dict[str, int], dict[str, int]]:
+    """Metrics of each set, and how many samples were scored and left unanswered."""
+    metrics: dict[str, dict[str, float]] = {}
+    samples: dict[str, int] = {}
+    unanswered: dict[str, int] = {}
     for each in sets:
         reader = open_cache(each.cache_root, {each.dataset: each.digest})
         folder = None if out_dir is None else out_dir / each.dataset
-        scoring = score(reader, view, predict, each.protocol, batch_size, folder)
+        scoring = score(reader, view, predict, each.protocol, batch_size, folder, stand_in)
         metrics[each.dataset], samples[each.dataset] = scoring.metrics(), len(reader)
-    return metrics, samples
+        unanswered[each.dataset] = reader.samples_in - len(reader)
+    return metrics, samples, unanswered
 
 
 def score(
-    reader: CacheReader, view: int, predict: Predict, protocol: Protocol | None, batch_size: int, folder: Path | None
+    reader: CacheReader,
+    view: int,
+    predict: Predict,
+    protocol: Protocol | None,
+    batch_size: int,
+    folder: Path | None,
+    stand_in: Predict,
 ) -> Scoring:
-    """Score `predict` on every sample; with a folder, write `samples.parquet` and `pred.json` there."""
+    """Score `predict` on every sample; with a folder, write `samples.parquet` and `pred.json` there.
+
+    stand_in: answers, in pred.json alone, for the samples that the cache left out.
+    """
     if not len(reader):
         raise InputError(f"data set {', '.join(reader.digests)} has no sample to evaluate on")
     scoring, file = Scoring(protocol), None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         sweep_partial(folder)
-        file = _PredictionFile(folder / PREDICTIONS) if protocol in AUTHORS_SCRIPTS else None
+        if protocol in AUTHORS_SCRIPTS:
+            nobody = stand_in({"sample_id": np.array(["left out"])}).for_authors(np.ones(1), protocol)
+            file = _PredictionFile(folder / PREDICTIONS, nobody)
+    places = iter(reader.snapshot_rows)
     for batch in _batches(reader, view, batch_size):
         hands = predict(batch)
         scoring.add(batch, hands)
         if file is not None:
-            file.add(*hands.for_authors(batch["labels/right"], protocol))
+            for joints, vertices in zip(*hands.for_authors(batch["labels/right"], protocol), strict=True):
+                file.add(int(next(places)), joints, vertices)
     if file is not None:
-        file.write()
+        file.write(reader.samples_in)
     if folder is not None:
         _write_table(folder / SAMPLES, scoring.samples())
     return scoring
@@ -251,17 +277,20 @@ class _PredictionFile:
     those of HO-3D v3 are half a gigabyte of text.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stand_in: tuple[NDArray[Any], NDArray[Any]]) -> None:
         self._path = path
+        self._stand_in = stand_in
         self._joints: list[str] = []
         self._vertices = tempfile.TemporaryFile("w+", dir=path.parent)  # noqa: SIM115 - closed by `write`
 
-    def add(self, joints: NDArray[Any], vertices: NDArray[Any]) -> None:
-        for mesh in vertices.round(6).tolist():
-            self._vertices.write((", " if self._vertices.tell() else "") + json.dumps(mesh))
-        self._joints += [json.dumps(each) for each in joints.round(6).tolist()]
+    def add(self, place: int, joints: NDArray[Any], vertices: NDArray[Any]) -> None:
+        """The answer (21,3), (V,3) to the sample at `place`; those skipped get the stand-in's."""
+        self._skip_to(place)
+        self._append(joints, vertices)
 
-    def write(self) -> None:
+    def write(self, samples: int) -> None:
+        """The whole file, of so many answers."""
+        self._skip_to(samples)
         partial = partial_path(self._path)
         with partial.open("x") as file, self._vertices as vertices:
             file.write(f"[[{', '.join(self._joints)}], [")
@@ -270,6 +299,14 @@ class _PredictionFile:
             file.write("]]")
         partial.replace(self._path)
         sync_directory(self._path.parent)
+
+    def _skip_to(self, place: int) -> None:
+        for _ in range(place - len(self._joints)):
+            self._append(self._stand_in[0][0], self._stand_in[1][0])
+
+    def _append(self, joints: NDArray[Any], vertices: NDArray[Any]) -> None:
+        self._vertices.write((", " if self._joints else "") + json.dumps(vertices.round(6).tolist()))
+        self._joints.append(json.dumps(joints.round(6).tolist()))
 
 
 def _write_table(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:

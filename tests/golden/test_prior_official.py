@@ -41,7 +41,7 @@ def test_opinions_and_the_students_loss_are_the_originals() -> None:
         opinions, loss = arrays["discriminator_out"], float(arrays["adversarial_generator_loss"])
     ours = judge(pose[:, 1:], betas)
     np.testing.assert_allclose(ours.detach(), opinions, rtol=1e-6, atol=1e-6 * np.abs(opinions).max())
-    np.testing.assert_allclose(float(pleasing_loss(ours).mean()), loss, rtol=1e-6)
+    np.testing.assert_allclose(float(pleasing_loss(ours).mean().detach()), loss, rtol=1e-6)
 
 
 def test_the_published_judge_weighs_real_hands_double() -> None:

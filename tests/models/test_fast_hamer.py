@@ -13,7 +13,7 @@ import torchvision.models as tv
 import yaml
 from torch import Tensor, nn
 
-from models.fast_hamer import load_fast_hamer
+from models.fast_hamer import describe_checkpoint, load_fast_hamer
 from models.hamer import hands_from_features
 from models.mano import ManoLayer
 from models.mano_head import DecoderSizes, ManoHead
@@ -118,6 +118,18 @@ def test_a_published_student_answers_as_its_own_code_would(name: str, tmp_path: 
     again = Student.load(tmp_path / "slim")
     with torch.no_grad():
         assert torch.equal(again(images)["vertices"], outputs["vertices"])
+
+
+def test_a_checkpoint_is_described_without_loading_it(tmp_path: Path) -> None:
+    config, channels, make = PUBLISHED["mobilevit"]
+    checkpoint = write_published(tmp_path, config, channels, make())
+    rewrite(checkpoint, lambda state: state.pop("mano_head.deccam.bias"))
+    found = describe_checkpoint(checkpoint)
+    assert (found.network, found.model_config) == ("mobilevit_s", tmp_path / "model_config.yaml")
+    student = Student(StudentSpec(backbone="mobilevit_s", decoder=DECODER), tiny_hand_model())
+    assert found.parameters == sum(parameter.numel() for parameter in student.parameters())
+    assert (found.report.missing, found.report.unexpected) == (("mano_head.deccam.bias",), ())
+    assert sum(name.startswith("teacher.") for name in found.report.ignored) == len(tiny_student().state_dict())
 
 
 def test_student_load_takes_a_checkpoint_too(tmp_path: Path, images: Tensor) -> None:

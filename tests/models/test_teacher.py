@@ -180,6 +180,30 @@ def test_unreadable_configuration(tmp_path: Path, text: str | None) -> None:
         load_teacher(checkpoint, hand)
 
 
+def test_the_configuration_may_stand_beside_the_checkpoint(tmp_path: Path) -> None:
+    """As AnyHand ships its drop-in weights; in HaMeR's place it wins."""
+    checkpoint, hand = write_tiny_teacher(tmp_path)
+    images = torch.randn(1, 3, 256, 256)
+    wanted = load_teacher(checkpoint, hand)(images)["features"]
+    checkpoint.rename(checkpoint.with_name("anyhand_hamer.ckpt"))
+    (tmp_path / "model_config.yaml").rename(checkpoint.parent / "model_config.yaml")
+    found = load_teacher(checkpoint.with_name("anyhand_hamer.ckpt"), hand)(images)["features"]
+    assert torch.equal(found, wanted)
+    (tmp_path / "model_config.yaml").write_text("MODEL: {}")
+    with pytest.raises(InputError, match=r"MODEL\.BACKBONE\.TYPE"):
+        load_teacher(checkpoint.with_name("anyhand_hamer.ckpt"), hand)
+
+
+@pytest.mark.slow
+def test_compiled_answers_the_same(tmp_path: Path) -> None:
+    checkpoint, hand = write_tiny_teacher(tmp_path)
+    images = torch.randn(2, 3, 256, 256)
+    plain, compiled = load_teacher(checkpoint, hand), load_teacher(checkpoint, hand, compiled=True)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain(images).items():
+        torch.testing.assert_close(compiled(images)[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_without_a_hand_model(tmp_path: Path) -> None:
     checkpoint, _ = write_tiny_teacher(tmp_path)
     for load in (load_teacher, teacher_hand_model):

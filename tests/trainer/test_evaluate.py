@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.linalg import orthogonal_procrustes
 
 from models.hand_model import load_hand_model, save_hand_model
 from models.student import Student, StudentSpec
@@ -31,8 +32,17 @@ LATENCY = LatencyConfig(batch_sizes=[1, 2], warmup=1, iterations=3)
 VERTICES = 6
 
 
-def evaluation_set(folder: Path, protocol: Protocol | None = None, vertices: int = VERTICES) -> EvaluationSet:
-    cache = write_tiny_cache(folder / "cache", n=7, views=2, role="evaluate", dataset="val", truth_vertices=vertices)
+def STAND_IN(batch: dict[str, np.ndarray]) -> Hands:  # noqa: N802 - a constant in the place of a predictor
+    """Answers for samples that were left out: a hand that no prediction here equals."""
+    size = len(batch["sample_id"])
+    return Hands(np.full((size, 21, 3), 0.5) * np.arange(21)[:, None], np.full((size, VERTICES, 3), 0.25))
+
+
+def evaluation_set(
+    folder: Path, protocol: Protocol | None = None, vertices: int = VERTICES, quarantined: int = 0
+) -> EvaluationSet:
+    options = {"n": 7, "views": 2, "role": "evaluate", "dataset": "val", "quarantined": quarantined}
+    cache = write_tiny_cache(folder / "cache", truth_vertices=vertices, **options)  # type: ignore[arg-type]
     return EvaluationSet("val", cache, read_head(cache)["val"], protocol)
 
 
@@ -54,7 +64,7 @@ def test_the_truth_scores_perfectly_left_hands_and_joint_order_included(tmp_path
     each = evaluation_set(tmp_path, protocol)
     reader = open_cache(each.cache_root, {each.dataset: each.digest})
     assert 0 < reader.read(range(7), [0] * 7, ["labels/right"])["labels/right"].sum() < 7
-    found = score(reader, 0, perfect(protocol), protocol, 3, tmp_path / "out").metrics()
+    found = score(reader, 0, perfect(protocol), protocol, 3, tmp_path / "out", STAND_IN).metrics()
     for name in ("pa_mpjpe_mm", "pa_mpvpe_mm", "mpjpe_mm"):
         assert found[name] == pytest.approx(0, abs=1e-3), name
     for name in ("f5", "f15", "auc", "auc_mesh", "pck_05", "pck_10", "pck_15"):
@@ -63,6 +73,59 @@ def test_the_truth_scores_perfectly_left_hands_and_joint_order_included(tmp_path
     truth = reader.read(range(7), [0] * 7)["labels/truth_xyz"]
     assert np.allclose(joints, truth - truth[:, np.argsort(HO3D_ORDER)[:1] if protocol == "ho3d" else [0]], atol=1e-5)
     assert np.shape(vertices) == (7, VERTICES, 3)
+
+
+def scored_by_the_authors_rules(pred: list, xyz: np.ndarray, verts: np.ndarray) -> dict[str, float]:
+    """FreiHAND's and HO-3D's evaluation, sample by sample as HAMER_SPEC 9 tells it, sharing no code with ours."""
+    assert len(pred) == 2
+    assert len(pred[0]) == len(pred[1]) == len(xyz)
+    errors: dict[str, list[np.ndarray]] = {"joints": [], "mesh": []}
+    for name, answers, truth in (("joints", pred[0], xyz), ("mesh", pred[1], verts)):
+        for answer, true in zip(answers, truth, strict=True):
+            a, b = np.array(answer), true.astype(np.float64)
+            a, b_mean = a - a.mean(0), b.mean(0)
+            scale = np.linalg.norm(b - b_mean)
+            a, b0 = a / np.linalg.norm(a), (b - b_mean) / scale
+            turn, shrink = orthogonal_procrustes(b0, a)
+            errors[name].append(np.linalg.norm(a @ turn.T * shrink * scale + b_mean - b, axis=1))
+    joints, mesh = np.array(errors["joints"]), np.array(errors["mesh"])
+    limits = np.linspace(0, 0.05, 100)
+    curve = np.array([[(joints[:, j] <= limit).mean() for limit in limits] for j in range(joints.shape[1])])
+    auc = np.trapezoid(curve, limits, axis=1) / np.trapezoid(np.ones(100), limits)
+    return {"pa_mpjpe_mm": 1e3 * joints.mean(0).mean(), "pa_mpvpe_mm": 1e3 * mesh.mean(0).mean(), "auc": auc.mean()}
+
+
+@pytest.mark.parametrize("protocol", ["freihand", "ho3d"])
+def test_the_authors_scripts_would_print_our_scores(tmp_path: Path, protocol: Protocol) -> None:
+    each = evaluation_set(tmp_path, protocol)
+    reader = open_cache(each.cache_root, {each.dataset: each.digest})
+    draw = np.random.default_rng(3)
+
+    def predict(batch: dict[str, np.ndarray]) -> Hands:
+        true = perfect(protocol)(batch)
+        joints, vertices = (part + draw.normal(0, 0.01, part.shape) for part in (true.keypoints_3d, true.vertices))
+        return Hands(joints, vertices)
+
+    ours = score(reader, 0, predict, protocol, 3, tmp_path, STAND_IN).metrics()
+    truth = reader.read(range(7), [0] * 7)
+    pred = json.loads((tmp_path / "pred.json").read_bytes())
+    theirs = scored_by_the_authors_rules(pred, truth["labels/truth_xyz"], truth["labels/truth_vertices"])
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, rel=1e-3 if name == "auc" else 1e-4), name  # micrometres in the file
+
+
+@pytest.mark.parametrize("protocol", ["freihand", "ho3d"])
+def test_left_out_samples_keep_their_place_in_the_prediction_file(tmp_path: Path, protocol: Protocol) -> None:
+    each = evaluation_set(tmp_path, protocol, quarantined=2)
+    reader = open_cache(each.cache_root, {each.dataset: each.digest})
+    assert (len(reader), reader.samples_in) == (7, 9)
+    score(reader, 0, perfect(protocol), protocol, 3, tmp_path, STAND_IN)
+    joints, vertices = json.loads((tmp_path / "pred.json").read_bytes())
+    assert (len(joints), len(vertices)) == (9, 9)
+    nobody = STAND_IN({"sample_id": np.array(["x"])}).for_authors(np.ones(1), protocol)
+    at = [index for index in range(9) if np.allclose(joints[index], nobody[0][0].round(6))]
+    assert at == [1, 2] == sorted(set(range(9)) - set(reader.snapshot_rows.tolist()))
+    assert all(np.allclose(vertices[index], nobody[1][0].round(6)) for index in at)
 
 
 def test_metrics_are_means_of_the_samples_table(tmp_path: Path) -> None:
@@ -75,7 +138,7 @@ def test_metrics_are_means_of_the_samples_table(tmp_path: Path) -> None:
             batch["labels/truth_xyz"] + wrong, batch["labels/truth_vertices"], batch["labels/keypoints_2d"][..., :2]
         )
 
-    scoring = score(reader, 0, predict, None, 4, tmp_path / "out")
+    scoring = score(reader, 0, predict, None, 4, tmp_path / "out", STAND_IN)
     table = pq.read_table(tmp_path / "out" / "samples.parquet").to_pydict()
     assert table["sample_id"] == reader.ids
     for name in ("pa_mpjpe_mm", "mpjpe_mm", "f5"):
@@ -123,7 +186,7 @@ def test_a_mesh_of_another_topology_moves_with_its_joints(tmp_path: Path) -> Non
         return Hands(batch["labels/truth_xyz"] * 3, vertices * 3, None)
 
     each_right = [i for i in range(7) if reader[i]["labels/right"] > 0.5]
-    scoring = score(reader, 0, predict, None, 3, tmp_path / "out")
+    scoring = score(reader, 0, predict, None, 3, tmp_path / "out", STAND_IN)
     assert "pa_mpvpe_mm" not in scoring.metrics()
     assert scoring.samples()["f5"][each_right] == pytest.approx(1.0)
 
@@ -138,7 +201,7 @@ def test_a_prediction_that_is_no_number_names_its_sample(tmp_path: Path) -> None
         return Hands(joints, batch["labels/truth_vertices"])
 
     with pytest.raises(WorkError, match="keypoints_3d predicted for val:000004#0 are not finite"):
-        score(reader, 0, predict, None, 3, None)
+        score(reader, 0, predict, None, 3, None, STAND_IN)
 
 
 def student_job(folder: Path) -> EvaluateJob:
@@ -153,7 +216,7 @@ def test_a_student_is_evaluated_once(tmp_path: Path) -> None:
     job = student_job(tmp_path)
     result = evaluate_student(job)
     assert result.metrics["val"].keys() == {"pa_mpjpe_mm", "mpjpe_mm", "auc", "f5", "f15", "pck_05", "pck_10", "pck_15"}
-    assert result.samples == {"val": 7}
+    assert (result.samples, result.unanswered) == ({"val": 7}, {"val": 0})
     assert result.latency_ms.keys() == {"1", "2"}
     assert result.fps == pytest.approx(1000 / result.latency_ms["1"])
     assert "1 threads" in str(result.device)
