@@ -17,8 +17,7 @@ from models.hand_model import OPEN_HAND, OPEN_HAND_FILE
 from models.model_config import model_config_path
 from pipeline.config import Role
 from pipeline.experiment import Experiment
-from pipeline.manifests import Manifest, ManifestIndex, manifests_of
-from stages.ingest import without_repeated_ids
+from pipeline.manifests import Manifest, ManifestIndex, manifests_of, tables_of
 from stages.preparation import TeachSettings
 from stages.teach import teach_identity
 from storage.cache import CacheFolder, fingerprint
@@ -26,7 +25,7 @@ from storage.errors import DamageError, InputError
 from storage.ledger import ShardRecord
 from storage.manifest import ShardPlan, read_manifest, shards_of
 from storage.snapshots import build_snapshot, read_head, snapshot_digest
-from storage.verification import quick_check, verify_shard
+from storage.verification import damaged_shards, verify_shard
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 """A folder for each GPU that the driver knows; read because importing torch to ask takes seconds."""
@@ -107,7 +106,15 @@ class CacheState:
     def _digest(self, name: str) -> str:
         return snapshot_digest(self.fingerprint, self.snapshot(name))
 
-    @cached_property
+    def counts(self, name: str) -> tuple[int, int]:
+        """(samples, those of them that are quarantined) of a complete data set."""
+        shards = self.datasets[name]
+        left_out = sum(len(self.records[plan.input_hash].quarantined) for plan in shards.plans)
+        if len(shards.table):
+            left_out += len(shards.table) - shards.table["reason"].null_count
+        return len(shards.table), left_out
+
+    @property
     def head(self) -> dict[str, str]:
         """The snapshots that the cache points at now."""
         try:
@@ -182,28 +189,46 @@ def _model_config(path: Path) -> dict[str, Any]:
 
 
 def cache_state(experiment: Experiment, role: Role) -> CacheState:
-    """Compare what a role's cache should hold with its ledger."""
+    """Compare what a role's cache should hold with its ledger.
+
+    Once a process: the plans of all stages ask for it. Whoever changes a cache or a manifest calls `forget_caches`.
+    """
+    if role not in experiment.caches:
+        experiment.caches[role] = _read_state(experiment, role)
+    return experiment.caches[role]
+
+
+def forget_caches(experiment: Experiment) -> None:
+    """Have the caches looked at again: they have changed, or another process may have changed them."""
+    experiment.caches.clear()
+
+
+def _read_state(experiment: Experiment, role: Role) -> CacheState:
     index = ManifestIndex(experiment)
     identity = cache_identity(experiment, role)
     folder = CacheFolder(experiment.workdir.caches / fingerprint(identity))
     records = folder.finished() if folder.ledger_dir.is_dir() else {}
     datasets = {name: _dataset_shards(experiment, role, name, index) for name in experiment.config.datasets_of(role)}
-    wanted = {plan.input_hash for shards in datasets.values() for plan in shards.plans} & records.keys()
-    damaged = frozenset(item for item in wanted if _is_damaged(experiment, folder, records[item]))
+    plans = [plan.input_hash for shards in datasets.values() for plan in shards.plans]
+    damaged = _damaged(experiment, folder, [records[item] for item in plans if item in records])
     return CacheState(role, identity, _settings(experiment, role), folder, datasets, records, damaged)
 
 
-def _is_damaged(experiment: Experiment, folder: CacheFolder, record: ShardRecord) -> bool:
+def _damaged(experiment: Experiment, folder: CacheFolder, records: list[ShardRecord]) -> frozenset[str]:
     """By names and sizes; when asked to hash everything again, by every byte, once a process."""
-    if quick_check(folder, record):
-        return True
-    key = f"{folder.fingerprint}/{record.input_hash}"
-    if not experiment.rehash or key in experiment.reread:
-        return False
-    if verify_shard(folder, record):
-        return True
-    experiment.reread.add(key)
-    return False
+    damaged = damaged_shards(folder, records)
+    if not experiment.rehash:
+        return damaged
+    changed = set()
+    for record in records:
+        key = f"{folder.fingerprint}/{record.input_hash}"
+        if key in experiment.reread or record.input_hash in damaged:
+            continue
+        if verify_shard(folder, record):
+            changed.add(record.input_hash)
+        else:
+            experiment.reread.add(key)
+    return damaged | changed
 
 
 def _strict_numerics(experiment: Experiment) -> Mapping[str, Any] | None:
@@ -228,7 +253,7 @@ def _cut_into_shards(
     """Remembered, because the plan of every stage asks; the manifests are told apart as objects, not by value."""
     if not manifests:
         return DatasetShards(name, pa.table({}), (), unscanned)
-    tables = without_repeated_ids([manifest.table for manifest in manifests])
+    tables = tables_of(manifests)
     table = pa.concat_tables(tables)
     plans = shards_of(table, role, samples_per_shard)
     first_rows = accumulate((len(table) for table in tables[:-1]), initial=0)

@@ -18,7 +18,8 @@ IDENTITY = "identity.json"
 """Written last into the report's folder: what it was made from."""
 
 
-def _identity(experiment: Experiment, states: list[EvaluationState]) -> dict[str, Any] | None:
+def report_identity(experiment: Experiment, states: list[EvaluationState]) -> dict[str, Any] | None:
+    """What the report is made from; None: something has no scores yet."""
     if not all(state.done for state in states):
         return None
     return {
@@ -30,7 +31,7 @@ def _identity(experiment: Experiment, states: list[EvaluationState]) -> dict[str
 
 def plan_compare(experiment: Experiment) -> StagePlan:
     """Whether the report shows the students and scores that there are now."""
-    identity = _identity(experiment, evaluation_states(experiment))
+    identity = report_identity(experiment, evaluation_states(experiment))
     made = experiment.workdir.report / IDENTITY
     if identity is not None and made.is_file() and made.read_bytes() == canonical_json(identity):
         return StagePlan(total=1, todo=0, unit="report")
@@ -57,7 +58,7 @@ def compare_now(experiment: Experiment) -> tuple[dict[str, Any], str]:
     from trainer.report import write_report
 
     states = evaluation_states(experiment)
-    identity = _identity(experiment, states)
+    identity = report_identity(experiment, states)
     if identity is None:
         waiting = ", ".join(state.label for state in states if not state.done)
         raise InputError(f"compare: no scores yet for {waiting}; run `handstill run evaluate`")

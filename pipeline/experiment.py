@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import PipelineConfig, Role, resolve_path
 from pipeline.digests import DigestMemory
@@ -14,6 +15,9 @@ from pipeline.workdir import Workdir, open_workdir
 from stages.config import DatasetConfig, HamerNpzDataset
 from storage.errors import InputError
 from trainer.config import StudentRecipe
+
+if TYPE_CHECKING:
+    from pipeline.caches import CacheState
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,9 @@ class Experiment:
     rehash: bool = False
     reread: set[str] = field(default_factory=set)
     """Shards that were read again and found whole, by cache and input hash; only where everything is hashed again."""
+
+    caches: dict[Role, CacheState] = field(default_factory=dict)
+    """States of the caches, read once a process; `pipeline.caches` fills it, and empties it when they change."""
 
     @cached_property
     def digests(self) -> DigestMemory:

@@ -11,16 +11,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.caches import forget_caches
 from pipeline.digests import Stamp, stamp
 from pipeline.events import append_event
 from pipeline.experiment import Experiment
-from pipeline.manifests import ManifestIndex, Source, manifests_of, sources_of
+from pipeline.manifests import ManifestIndex, Source, manifests_of, sources_of, tables_of
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
 from pipeline.workdir import claim_of
 from pipeline.workers import Resources, ray_session, run_units
 from stages.config import DatasetConfig
-from stages.ingest import scan_source, shared_pictures, without_repeated_ids
+from stages.ingest import scan_source, shared_pictures
 from storage.manifest import manifest_name, write_manifest
 
 log = logging.getLogger("handstill")
@@ -102,6 +103,7 @@ def run_ingest(experiment: Experiment, plan: StagePlan) -> StageResult:
     while plan.todo:  # a smoke run learns only from one source's manifest whether it needs the next
         done += plan.todo
         _scan(experiment, plan)
+        forget_caches(experiment)
         plan = plan_ingest(experiment)
     index = ManifestIndex(experiment)
     tables = ingested(experiment, index)
@@ -116,11 +118,12 @@ def run_ingest(experiment: Experiment, plan: StagePlan) -> StageResult:
 
 def ingested(experiment: Experiment, index: ManifestIndex) -> dict[str, list[pa.Table]]:
     """What every data set's manifests say (PLAN_COLUMNS), a hand whose id came before marked as left out."""
-    found = {
-        name: [manifest.table for _, manifest in manifests_of(experiment, name, config, index) if manifest is not None]
+    return {
+        name: tables_of(
+            tuple(manifest for _, manifest in manifests_of(experiment, name, config, index) if manifest is not None)
+        )
         for name, config in used_datasets(experiment).items()
     }
-    return {name: without_repeated_ids(tables) for name, tables in found.items()}
 
 
 def _scan(experiment: Experiment, plan: StagePlan) -> None:

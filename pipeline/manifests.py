@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import pyarrow as pa
 from pipeline.digests import Stamp, digest_of, stamp
 from pipeline.experiment import Experiment
 from stages.config import DatasetConfig, HamerNpzDataset
-from stages.ingest import ingest_identity, named_files, source_files
+from stages.ingest import ingest_identity, named_files, source_files, without_repeated_ids
 from storage.durable import write_bytes_atomic
-from storage.manifest import PLAN_COLUMNS, read_manifest
+from storage.manifest import read_manifest, read_plan_columns
 
 
 @dataclass(frozen=True)
@@ -167,5 +167,11 @@ def manifests_of(
 @cache
 def _manifest(path: Path, limit: int | None) -> Manifest:
     """Read once a process: a manifest's name is its content, and every stage's plan asks for all of them."""
-    table = read_manifest(path, PLAN_COLUMNS)
+    table = read_plan_columns(path)
     return Manifest(path, table if limit is None else table.slice(0, limit))
+
+
+@lru_cache(maxsize=64)
+def tables_of(manifests: tuple[Manifest, ...]) -> list[pa.Table]:
+    """One data set's manifests (told apart as objects), a hand whose id came before marked as left out."""
+    return without_repeated_ids([manifest.table for manifest in manifests])

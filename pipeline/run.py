@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from pipeline.caches import forget_caches
 from pipeline.checking import check_inputs
 from pipeline.comparing import plan_compare, run_compare
 from pipeline.evaluating import plan_evaluate, run_evaluate
@@ -76,6 +77,7 @@ def _run_stages(experiment: Experiment, stages: Sequence[Stage], plans: dict[str
         for stage in stages:
             results[stage.name] = stage.run(experiment, plans[stage.name])
     else:
+        forget_caches(experiment)  # another run may have had the workdir between the plan and the lease
         with ray_session(experiment.config.cluster):  # one Ray for all stages
             for stage in stages:
                 results[stage.name] = _run_stage(experiment, stage)

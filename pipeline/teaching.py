@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
 
-from pipeline.caches import CacheState, cache_state, hand_model_source, resolved_precision, teacher_gpus
+from pipeline.caches import (
+    CacheState,
+    cache_state,
+    forget_caches,
+    hand_model_source,
+    resolved_precision,
+    teacher_gpus,
+)
 from pipeline.config import Role
 from pipeline.events import EventTail, append_event
 from pipeline.experiment import Experiment
@@ -20,7 +27,7 @@ from storage.cache import HAND_MODEL, CacheFolder
 from storage.encodings import grid_shape
 from storage.errors import DamageError, InputError
 from storage.manifest import ShardPlan
-from storage.snapshots import publish_snapshot, read_head, write_head
+from storage.snapshots import publish_snapshot, read_head, snapshot_stands, write_head
 
 ROLES: tuple[Role, ...] = ("train", "evaluate")
 PASSES_PER_GPU_SECOND = 1600.0
@@ -40,13 +47,14 @@ def plan_teach(experiment: Experiment) -> StagePlan:
 
 def _plan_of(states: list[CacheState]) -> StagePlan:
     jobs = [(state, name, plan) for state in states for name in state.datasets for plan in state.todo(name)]
-    reasons = [_reason(state, name, plan) for state, name, plan in jobs]
+    known = {(state.role, name) for state in states for name in state.datasets if _cached_before(state, name)}
+    reasons = [_reason(state, plan, known=(state.role, name) in known) for state, name, plan in jobs]
     unscanned = sum(shards.unscanned for state in states for shards in state.datasets.values())
     removed = sum(_removed(state, name) for state in states for name in state.datasets)
     passes = sum(plan.n_samples * state.settings.views for state, _, plan in jobs)
     unseen: list[Reason] = ["new"] * unscanned
     counts = count_reasons([*reasons, *unseen])
-    why = {f"{reason}: {name} ({state.role})": None for (state, name, _), reason in zip(jobs, reasons, strict=True)}
+    why = Counter(f"{reason}: {name} ({state.role})" for (state, name, _), reason in zip(jobs, reasons, strict=True))
     return StagePlan(
         # A source that was never scanned counts as one shard: how many it holds is not known before.
         total=sum(len(shards.plans) for state in states for shards in state.datasets.values()) + unscanned,
@@ -56,23 +64,24 @@ def _plan_of(states: list[CacheState]) -> StagePlan:
         bytes=sum(plan.n_samples * state.settings.views * _bytes_a_view(state) for state, _, plan in jobs),
         teacher_passes=passes,
         gpu_hours=passes / _passes_per_second(states[0]) / 3600,
-        why=(*_counted(why, jobs, reasons), *([f"new: {unscanned} source files not scanned yet"] * bool(unscanned))),
+        why=(
+            *(f"{line}, {count} shards" for line, count in why.items()),
+            *([f"new: {unscanned} source files not scanned yet"] * bool(unscanned)),
+        ),
         units=tuple(states),
         estimated=unscanned > 0,
     )
 
 
-def _counted(why: Mapping[str, None], jobs: list[Any], reasons: list[Reason]) -> list[str]:
-    lines = [f"{reason}: {name} ({state.role})" for (state, name, _), reason in zip(jobs, reasons, strict=True)]
-    return [f"{line}, {lines.count(line)} shards" for line in why]
-
-
-def _reason(state: CacheState, name: str, plan: ShardPlan) -> Reason:
+def _reason(state: CacheState, plan: ShardPlan, *, known: bool) -> Reason:
     if plan.input_hash in state.damaged or state.folder.shard_path(plan.input_hash).exists():
         return "damaged"
-    if name in state.head or _other_cache_has(state, name):
-        return "changed"
-    return "new"
+    return "changed" if known else "new"
+
+
+def _cached_before(state: CacheState, name: str) -> bool:
+    """Whether the data set was cached, in this cache or in another."""
+    return name in state.head or _other_cache_has(state, name)
 
 
 def _other_cache_has(state: CacheState, name: str) -> bool:
@@ -115,20 +124,22 @@ def run_teach(experiment: Experiment, plan: StagePlan) -> StageResult:
     for state in states:
         _make_ready(experiment, state)
     if plan.todo:
-        states = [cache_state(experiment, state.role) for state in states]  # adopted shards are not to be done again
+        states = _states_now(experiment)  # adopted shards are not to be done again
         _teach(experiment, states)
         for state in states:
             state.folder.sweep_temporary()  # of teachers that died and were replaced
-        states = [cache_state(experiment, state.role) for state in states]
-    samples = quarantined = 0
+        states = _states_now(experiment)
     for state in states:
         _publish(state)
-        for name in state.datasets:
-            table = state.snapshot(name)
-            samples += len(table)
-            quarantined += len(table) - table["reason"].null_count
+    counts = [state.counts(name) for state in states for name in state.datasets]
+    samples, quarantined = sum(samples for samples, _ in counts), sum(left_out for _, left_out in counts)
     seconds = time.monotonic() - started
     return StageResult(plan.todo, plan.total - plan.todo, samples, samples - quarantined, quarantined, seconds)
+
+
+def _states_now(experiment: Experiment) -> list[CacheState]:
+    forget_caches(experiment)
+    return [cache_state(experiment, role) for role in ROLES]
 
 
 def _make_ready(experiment: Experiment, state: CacheState) -> None:
@@ -139,7 +150,7 @@ def _make_ready(experiment: Experiment, state: CacheState) -> None:
     state.folder.sweep_temporary()
     for input_hash in state.damaged:
         state.folder.discard(input_hash)
-    for record in state.folder.adopt().adopted:
+    for record in state.folder.adopt(state.records.keys() - state.damaged).adopted:
         append_event(experiment.workdir.events, "shard_adopted", unit=record.input_hash, dataset=record.dataset)
 
 
@@ -207,6 +218,11 @@ def _settings(experiment: Experiment) -> TeacherSettings:
 def _publish(state: CacheState) -> None:
     """Write the snapshots and point at them; what stands already stays as it is."""
     root = state.root
-    head = {name: publish_snapshot(root, state.fingerprint, name, state.snapshot(name)) for name in state.datasets}
+    head = {}
+    for name, digest in state.digests.items():
+        assert digest is not None, f"{name} has a shard without a record after the teacher ran"
+        head[name] = digest
+        if not snapshot_stands(root, digest):
+            publish_snapshot(root, state.fingerprint, name, state.snapshot(name))
     if {name: state.head.get(name) for name in head} != head:
         write_head(root, state.head | head)

@@ -137,14 +137,19 @@ def _usable(found: HandAnnotation | str, picture: Picture, config: DatasetConfig
 
 def shared_pictures(train: Iterable[pa.Table], evaluation: Iterable[pa.Table]) -> list[tuple[str, str]]:
     """(sample id in training, sample id in evaluation) for every picture that stands in both, one pair a picture."""
-    trained, evaluated = _first_ids(train), _first_ids(evaluation)
+    evaluated = _first_ids(evaluation, None)
+    trained = _first_ids(train, pa.array(evaluated, pa.string()))
     return [(trained[digest], evaluated[digest]) for digest in evaluated if digest in trained]
 
 
-def _first_ids(tables: Iterable[pa.Table]) -> dict[str, str]:
+def _first_ids(tables: Iterable[pa.Table], among: pa.Array | None) -> dict[str, str]:
+    """Picture's digest -> first id that has it; `among`: of these pictures only (training sets have millions)."""
     ids: dict[str, str] = {}
     for table in tables:
-        usable = table.filter(pc.is_null(table.column("reason")))
+        wanted = pc.is_null(table.column("reason"))
+        if among is not None:
+            wanted = pc.and_(wanted, pc.is_in(table.column("image_sha256"), among))
+        usable = table.filter(wanted)
         for digest, sample_id in zip(
             usable.column("image_sha256").to_pylist(), usable.column("sample_id").to_pylist(), strict=True
         ):

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,15 +131,18 @@ class CacheFolder:
         except (FileNotFoundError, DamageError):
             return None
 
-    def unrecorded(self) -> list[str]:
-        """Input hashes of published shards without a sound record: killed before recording, or withdrawn."""
-        recorded = self.finished().keys()
+    def unrecorded(self, recorded: Collection[str] | None = None) -> list[str]:
+        """Input hashes of published shards without a sound record: killed before recording, or withdrawn.
+
+        recorded: the keys of `finished()`, where the caller knows them.
+        """
+        recorded = self.finished().keys() if recorded is None else recorded
         return sorted(path.stem for path in self.shards_dir.glob("*.zarr") if path.stem not in recorded)
 
-    def adopt(self) -> Adoption:
+    def adopt(self, recorded: Collection[str] | None = None) -> Adoption:
         """Check every unrecorded shard in full; record the whole ones, discard the damaged. Before a run's work."""
         adopted, discarded = [], []
-        for input_hash in self.unrecorded():
+        for input_hash in self.unrecorded(recorded):
             try:
                 adopted.append(self.adopt_shard(input_hash))
             except DamageError:

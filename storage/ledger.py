@@ -5,6 +5,7 @@ A record holds nothing that differs between an undisturbed run and one that was 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from storage.durable import read_sealed_json, sealed_json, write_bytes_atomic
 from storage.errors import DamageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileDigest:
     """What a file's bytes must be."""
 
@@ -98,5 +99,6 @@ def read_record(path: Path) -> ShardRecord:
         rows=fields["rows"],
         quarantined=read_quarantine(fields["quarantined"]),
         provenance=fields["provenance"],
-        files={name: FileDigest(**digest) for name, digest in fields["files"].items()},
+        # Interned: all shards have the same sixty names, and the real job's records are all in memory at once.
+        files={sys.intern(name): FileDigest(**digest) for name, digest in fields["files"].items()},
     )

@@ -11,7 +11,7 @@ moved to another folder keep their snapshot, and pyarrow's version does not matt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from storage.durable import read_sealed_json, sealed_json, sha256_bytes, write_bytes_atomic
 from storage.errors import DamageError, InputError
@@ -49,7 +50,7 @@ class Plan(Protocol):
     @property
     def input_hash(self) -> str: ...
     @property
-    def rows(self) -> Iterable[int]: ...
+    def rows(self) -> Sequence[int] | NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)
@@ -65,39 +66,51 @@ class SnapshotInfo:
     sha256: str
 
 
-def build_snapshot(manifest: pa.Table, plans: Iterable[Plan], records: Mapping[str, ShardRecord]) -> pa.Table:
+def build_snapshot(manifest: pa.Table, plans: Sequence[Plan], records: Mapping[str, ShardRecord]) -> pa.Table:
     """One row a manifest row: its place in the cache, or why it has none.
 
     manifest: of one data set. plans: all its shards, each of them in `records`. Every sample is accounted for or this
     stops (AssertionError): samples in = cached + quarantined.
     """
-    shard = np.full(manifest.num_rows, None, dtype=object)
+    shards = [plan.input_hash for plan in plans]
+    shard = np.zeros(manifest.num_rows, dtype=np.int32)
     row = np.full(manifest.num_rows, -1, dtype=np.int32)
-    reason = np.array(manifest["reason"].to_pylist(), dtype=object)
-    for plan in plans:
-        _place(plan, records[plan.input_hash], manifest["sample_id"], shard, row, reason)
-    cached = row >= 0
-    assert (cached == (reason == None)).all(), "a sample is neither cached nor quarantined, or both"  # noqa: E711
+    left_out: dict[int, str] = {}
+    for number, plan in enumerate(plans):
+        rows = _kept_rows(plan, records[plan.input_hash], manifest["sample_id"], left_out)
+        shard[rows] = number
+        row[rows] = np.arange(len(rows), dtype=np.int32)
+    missing = row < 0
+    reason = _reasons(manifest["reason"], left_out)
+    assert (missing == _plain(pc.is_valid(reason))).all(), "a sample is neither cached nor quarantined, or both"
     columns = {name: manifest[name] for name in ("sample_id", "dataset", "source", "image_sha256", "labels_sha256")}
-    columns |= {"shard": pa.array(shard, pa.string()), "row": pa.array(row, pa.int32(), mask=~cached)}
-    columns["reason"] = pa.array(reason, pa.string())
+    places = pa.DictionaryArray.from_arrays(pa.array(shard, mask=missing), pa.array(shards, pa.string()))
+    columns |= {"shard": places, "row": pa.array(row, mask=missing), "reason": reason}
     return pa.table([columns[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], schema=SCHEMA)
 
 
-def _place(plan: Plan, record: ShardRecord, sample_ids: Any, shard: Any, row: Any, reason: Any) -> None:
-    """Fill in the places of one shard's samples: the rows of the shard are the plan's, less the quarantined ones."""
-    rows = np.fromiter(plan.rows, dtype=np.int64)
+def _kept_rows(plan: Plan, record: ShardRecord, sample_ids: Any, left_out: dict[int, str]) -> NDArray[np.int64]:
+    """The manifest's rows that a shard holds, in its order: the plan's, less the quarantined, noted in `left_out`."""
+    rows = np.asarray(plan.rows, dtype=np.int64)
     assert len(rows) == record.samples_in, plan.input_hash
     if record.quarantined:
         why = {sample.sample_id: sample.reason for sample in record.quarantined}
         ids = sample_ids.take(rows).to_pylist()
-        kept = np.array([sample_id not in why for sample_id in ids])
-        for index, sample_id in zip(rows[~kept], np.array(ids, dtype=object)[~kept], strict=True):
-            reason[index] = why[sample_id]
-        rows = rows[kept]
+        left_out |= {int(row): why[name] for row, name in zip(rows, ids, strict=True) if name in why}
+        rows = rows[[name not in why for name in ids]]
     assert len(rows) == record.rows, plan.input_hash
-    shard[rows] = plan.input_hash
-    row[rows] = np.arange(len(rows), dtype=np.int32)
+    return rows
+
+
+def _reasons(column: Any, left_out: Mapping[int, str]) -> Any:
+    """The manifest's reasons, and those that the teacher found."""
+    if not left_out:
+        return column
+    reasons = column.to_pylist()
+    for row, reason in left_out.items():
+        assert reasons[row] is None, f"row {row} was left out twice"
+        reasons[row] = reason
+    return pa.array(reasons, pa.string())
 
 
 def snapshot_digest(fingerprint: str, table: pa.Table) -> str:
@@ -134,7 +147,7 @@ def publish_snapshot(root: Path, fingerprint: str, dataset: str, table: pa.Table
     """Write the snapshot unless it stands already, whole; returns its digest."""
     digest = snapshot_digest(fingerprint, table)
     path = snapshot_path(root, digest)
-    if _stands(path):
+    if snapshot_stands(root, digest):
         return digest
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
@@ -157,9 +170,10 @@ def publish_snapshot(root: Path, fingerprint: str, dataset: str, table: pa.Table
     return digest
 
 
-def _stands(path: Path) -> bool:
+def snapshot_stands(root: Path, digest: str) -> bool:
+    """Whether the snapshot is published, every byte of its file as it was written."""
     try:
-        read_snapshot(path)
+        _checked_bytes(snapshot_path(root, digest))
     except (InputError, DamageError):
         return False
     return True
@@ -189,11 +203,15 @@ def _known(folder: Path) -> str:
 
 def read_snapshot(path: Path) -> pa.Table:
     """A snapshot's table, every byte of its file checked against the sidecar."""
+    return pq.read_table(pa.BufferReader(_checked_bytes(path)), schema=SCHEMA)
+
+
+def _checked_bytes(path: Path) -> bytes:
     info = read_info(path)
     data = path.read_bytes()
     if len(data) != info.bytes or sha256_bytes(data) != info.sha256:
         raise DamageError(f"{path} is damaged: its bytes are not those that were written; run `handstill run`")
-    return pq.read_table(pa.BufferReader(data), schema=SCHEMA)
+    return data
 
 
 def write_head(root: Path, digests: Mapping[str, str]) -> None:

@@ -7,7 +7,9 @@ changes anything.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,19 +36,41 @@ class Damage:
         return f"{self.path}: {self.what}"
 
 
+LOOKS_AT_ONCE = 8
+"""Threads that ask for files' sizes. They wait for the disk, or for a server: names that no cache has were looked at in
+4.6 s by 8 threads and in 15.4 s by one (435,000 files); with names in memory it is 1.25 s and 1.1 s."""
+
+
 def quick_check(cache: CacheFolder, record: ShardRecord) -> list[Damage]:
     """Whether the shard's files are all there with their sizes. Finds deletions and truncations, not flipped bytes."""
     shard = cache.shard_path(record.input_hash)
+    try:
+        folder = os.open(shard, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return [Damage(shard, "is gone")]
     found = []
-    for name, digest in record.files.items():
-        try:
-            size = (shard / name).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            found.append(Damage(shard / name, "is gone"))
-            continue
-        if size != digest.bytes:
-            found.append(Damage(shard / name, f"has {size} bytes, not {digest.bytes}"))
+    try:
+        for name, digest in record.files.items():
+            try:
+                size = os.stat(name, dir_fd=folder).st_size
+            except (FileNotFoundError, NotADirectoryError):
+                found.append(Damage(shard / name, "is gone"))
+                continue
+            if size != digest.bytes:
+                found.append(Damage(shard / name, f"has {size} bytes, not {digest.bytes}"))
+    finally:
+        os.close(folder)
     return found
+
+
+def damaged_shards(cache: CacheFolder, records: Iterable[ShardRecord]) -> frozenset[str]:
+    """Input hashes of the shards that `quick_check` finds damaged."""
+    with ThreadPoolExecutor(LOOKS_AT_ONCE, thread_name_prefix="look") as pool:
+
+        def look(record: ShardRecord) -> str | None:
+            return record.input_hash if quick_check(cache, record) else None
+
+        return frozenset(found for found in pool.map(look, records) if found is not None)
 
 
 def verify_shard(cache: CacheFolder, record: ShardRecord) -> list[Damage]:

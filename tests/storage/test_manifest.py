@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from storage import manifest
 from storage.errors import DamageError
 from storage.manifest import (
     LABEL_COLUMNS,
@@ -19,6 +20,7 @@ from storage.manifest import (
     manifest_name,
     manifest_table,
     read_manifest,
+    read_plan_columns,
     shards_of,
     write_manifest,
 )
@@ -168,3 +170,22 @@ def test_tables_in_pieces_are_cut_alike() -> None:
     assert [s.input_hash for s in shards_of(pieces, "train", 2)] == [s.input_hash for s in shards_of(table, "train", 2)]
     part = shards_of(table.slice(5), "train", 2)
     assert [s.input_hash for s in part] == [s.input_hash for s in shards_of(table, "train", 2)][3:]
+
+
+def test_the_columns_of_a_plan_are_those_of_the_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.parquet"
+    write_manifest(path, _table(3, 2))
+    assert read_plan_columns(path).to_pylist() == read_manifest(path, PLAN_COLUMNS).to_pylist()
+    path.write_bytes(b"PAR1 but no more")
+    with pytest.raises(DamageError, match=r"not a readable manifest .* `handstill run` writes it again"):
+        read_plan_columns(path)
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 100])
+def test_shards_do_not_depend_on_how_many_rows_are_hashed_at_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = {"reason": "no-label: x"}
+    table = _table(11, r2=bad, r7=bad, r8=bad)
+    wanted = [(plan.input_hash, plan.rows.tolist()) for plan in shards_of(table, "train", 3)]
+    assert [rows for _, rows in wanted] == [[0, 1], [3, 4, 5], [6], [9, 10]]
+    monkeypatch.setattr(manifest, "_BLOCK_ROWS", block)
+    assert [(plan.input_hash, plan.rows.tolist()) for plan in shards_of(table, "train", 3)] == wanted
