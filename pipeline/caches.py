@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -188,6 +188,14 @@ def _model_config(path: Path) -> dict[str, Any]:
         ) from None
 
 
+def stored_state(experiment: Experiment, role: Role) -> CacheState:
+    """What a role's cache holds, without a look at the data sets: their sources may be gone."""
+    identity = cache_identity(experiment, role)
+    folder = CacheFolder(experiment.workdir.caches / fingerprint(identity))
+    records = folder.finished() if folder.ledger_dir.is_dir() else {}
+    return CacheState(role, identity, _settings(experiment, role), folder, {}, records, frozenset())
+
+
 def cache_state(experiment: Experiment, role: Role) -> CacheState:
     """Compare what a role's cache should hold with its ledger.
 
@@ -205,13 +213,12 @@ def forget_caches(experiment: Experiment) -> None:
 
 def _read_state(experiment: Experiment, role: Role) -> CacheState:
     index = ManifestIndex(experiment)
-    identity = cache_identity(experiment, role)
-    folder = CacheFolder(experiment.workdir.caches / fingerprint(identity))
-    records = folder.finished() if folder.ledger_dir.is_dir() else {}
+    stored = stored_state(experiment, role)
+    folder, records = stored.folder, stored.records
     datasets = {name: _dataset_shards(experiment, role, name, index) for name in experiment.config.datasets_of(role)}
     plans = [plan.input_hash for shards in datasets.values() for plan in shards.plans]
     damaged = _damaged(experiment, folder, [records[item] for item in plans if item in records])
-    return CacheState(role, identity, _settings(experiment, role), folder, datasets, records, damaged)
+    return replace(stored, datasets=datasets, damaged=damaged)
 
 
 def _damaged(experiment: Experiment, folder: CacheFolder, records: list[ShardRecord]) -> frozenset[str]:

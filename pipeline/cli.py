@@ -100,8 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     verb("status", _status, "per stage: done, quarantined, stale, last error")
     show = verb("show", _show, "an output: arrays, dimensions, dtypes, units, provenance")
     show.add_argument("what", metavar="STAGE|PATH")
-    verify = verb("verify", _verify, "re-read every shard against its checksums and re-run the teacher on some rows")
-    verify.add_argument("--no-teacher", action="store_true", help="checksums and schema only")
+    verify = verb("verify", _verify, "re-read every shard; re-run the teacher and remake the views of some rows")
+    verify.add_argument("--no-teacher", action="store_true", help="do not run the teacher again")
+    verify.add_argument("--no-sources", action="store_true", help="do not read the sources, nor make views from them")
     verb("compare", _compare, "the students side by side, from MLflow")
     clean = verb("clean", _clean, "list outputs that no plan refers to")
     clean.add_argument("--stale", action="store_true", required=True)
@@ -175,7 +176,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     from pipeline.experiment import open_experiment
     from pipeline.verify import verify, verify_text
 
-    document = verify(open_experiment(arguments.config), with_teacher=not arguments.no_teacher)
+    experiment = open_experiment(arguments.config)
+    document = verify(experiment, with_teacher=not arguments.no_teacher, with_sources=not arguments.no_sources)
     _answer(arguments, document, lambda: verify_text(document))
     return 0 if document["ok"] else 1
 

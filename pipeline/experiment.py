@@ -30,7 +30,7 @@ class Experiment:
     limit: int | None = None
     rehash: bool = False
     reread: set[str] = field(default_factory=set)
-    """Shards that were read again and found whole, by cache and input hash; only where everything is hashed again."""
+    """Shards and sources that were read again and found whole; only where everything is hashed again."""
 
     caches: dict[Role, CacheState] = field(default_factory=dict)
     """States of the caches, read once a process; `pipeline.caches` fills it, and empties it when they change."""

@@ -11,12 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.digests import Stamp, digest_of, stamp
+from pipeline.digests import DigestMemory, Stamp, digest_of, stamp
 from pipeline.experiment import Experiment
 from stages.config import DatasetConfig, HamerNpzDataset
-from stages.ingest import ingest_identity, named_files, source_files, without_repeated_ids
+from stages.ingest import ingest_identity, named_files, scan_source, source_files, without_repeated_ids
+from stages.sources import path_from
 from storage.durable import write_bytes_atomic
-from storage.manifest import read_manifest, read_plan_columns
+from storage.errors import InputError
+from storage.manifest import manifest_name, read_manifest, read_plan_columns
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,18 @@ def sources_of(experiment: Experiment, dataset: str, config: DatasetConfig) -> l
     Raises:
         InputError: a file is missing.
     """
-    identity = digest_of(ingest_identity(dataset, config))
     files = named_files if dataset in experiment.synthesised else source_files
-    return [Source(dataset, config, path, experiment.base, identity) for path in files(config, experiment.base)]
+    return _sources(experiment, dataset, config, files(config, experiment.base))
+
+
+def named_sources(experiment: Experiment, dataset: str, config: DatasetConfig) -> list[Source]:
+    """The same, whether or not the files are there."""
+    return _sources(experiment, dataset, config, named_files(config, experiment.base))
+
+
+def _sources(experiment: Experiment, dataset: str, config: DatasetConfig, files: Iterable[Path]) -> list[Source]:
+    identity = digest_of(ingest_identity(dataset, config))
+    return [Source(dataset, config, path, experiment.base, identity) for path in files]
 
 
 class ManifestIndex:
@@ -64,6 +75,7 @@ class ManifestIndex:
         self._folder = experiment.workdir.manifests
         self._rehash = experiment.rehash
         self._digests = experiment.digests
+        self._reread = experiment.reread
         self._entries: dict[str, dict[str, Any]] = {}
         if self._path.is_file():
             try:
@@ -84,9 +96,24 @@ class ManifestIndex:
             same = same and entry["pictures"] == pictures_signature(source, path)
             if not same:
                 return None
-        if (not same or self._rehash) and self._digests.sha256(source.path) != _source_digest(path):
+        if (not same or self._rehash) and not self._holds(source, path):
             return None  # only the bytes count: a tar that was touched or copied back needs no second scan
         return path
+
+    def remembered(self, source: Source) -> Path | None:
+        """The manifest of the source's last scan, whatever has become of the source since."""
+        entry = self._entries.get(source.key)
+        path = None if entry is None else self._folder / str(entry["manifest"])
+        return path if path is not None and path.is_file() else None
+
+    def _holds(self, source: Source, manifest: Path) -> bool:
+        """Whether a source's bytes are those of its manifest. The pictures of an npz are read once a process."""
+        if not isinstance(source.config, HamerNpzDataset):
+            return not changed_files(source, manifest, self._digests)
+        key = f"source {source.key} {manifest.name}"
+        if key not in self._reread and not changed_files(source, manifest, self._digests):
+            self._reread.add(key)
+        return key in self._reread
 
     def knew(self, source: Source) -> bool:
         """Whether the source had a manifest once (so that it is changed, not new)."""
@@ -113,6 +140,28 @@ class ManifestIndex:
     def save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomic(self._path, json.dumps(self._entries, sort_keys=True).encode())
+
+
+def changed_files(source: Source, manifest: Path, digests: DigestMemory) -> list[str]:
+    """Files of a source that do not hold what its manifest says; all of them are read.
+
+    A tar is one file. Of an npz the pictures are named, or itself where none of them is other than it was.
+    """
+    if not isinstance(source.config, HamerNpzDataset):
+        return [] if digests.sha256(source.path) == _source_digest(manifest) else [str(source.path)]
+    try:
+        now = scan_source(source.dataset, source.config, source.path, source.base)
+    except InputError:
+        return [str(source.path)]
+    if manifest_name(now) == manifest.name:
+        return []
+    pictures = ["image_name", "image_sha256"]
+    was, found = (
+        set(zip(*table.to_pydict().values(), strict=True))
+        for table in (read_manifest(manifest, pictures), now.select(pictures))
+    )
+    folder = path_from(source.config.image_dir, source.base)
+    return [str(folder / name) for name in sorted({name for name, _ in was - found})] or [str(source.path)]
 
 
 def pictures_signature(source: Source, manifest: Path) -> str:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
-import random
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
-from pipeline.caches import CacheState, cache_state, hand_model_source, resolved_precision, teacher_gpus
+import numpy as np
+
+from pipeline.caches import CacheState, hand_model_source, resolved_precision, stored_state, teacher_gpus
+from pipeline.digests import DigestMemory
 from pipeline.experiment import Experiment
+from pipeline.manifests import ManifestIndex, Source, changed_files, named_sources
 from pipeline.progress import StageProgress
+from pipeline.replaying import REMEDY, Replays, replay
+from pipeline.tables import human_bytes
+from pipeline.teaching import ROLES
 from pipeline.workdir import lease
 from storage.errors import InputError
 from storage.ledger import ShardRecord
-from storage.reading import open_cache
-from storage.verification import Damage, verify_folder, verify_shard
+from storage.reading import CacheReader, open_cache
+from storage.verification import Damage, verify_folder, verify_joins, verify_shard
 
 TOLERANCE = {"float16": 2e-3, "int8": 2e-2}
 """Largest relative error (norms) of a row that another device or torch version may explain: a few units in the last
@@ -26,37 +34,53 @@ TOLERANCE_BF16 = 5e-2
 MIN_ROWS, SHARE = 32, 0.001
 
 
-def verify(experiment: Experiment, *, with_teacher: bool = True) -> dict[str, Any]:
+def verify(experiment: Experiment, *, with_teacher: bool = True, with_sources: bool = True) -> dict[str, Any]:
     """Read everything again (DESIGN section 7). Damaged shards lose their record, so that the next run repairs them.
+
+    Sources that are gone or have changed are told apart from damage: a cache needs none.
 
     Raises:
         InputError: there is no cache yet.
     """
-    states = [state for role in ("train", "evaluate") if (state := cache_state(experiment, role)).root.is_dir()]
+    states = [state for role in ROLES if (state := stored_state(experiment, role)).root.is_dir()]
     if not states:
         raise InputError("verify: there is no cache yet for this configuration; run `handstill run teach`")
     damaged: list[str] = []
-    shards = rows = 0
-    worst = 0.0
+    worst, rechecked, replays = 0.0, 0, Replays()
+    started = time.monotonic()
     with lease(experiment.workdir):
         for state in states:
-            damages = [*verify_folder(state.folder), *_verify_shards(state)]
-            damaged += [str(damage) for damage in damages]
-            shards += len(state.records)
+            damaged += [str(damage) for damage in (*verify_folder(state.folder), *_verify_shards(state))]
+        seconds = time.monotonic() - started
         if with_teacher and not damaged:
-            rows, worst, wrong = _recheck(experiment, states)
+            rechecked, worst, wrong = _recheck(experiment, states)
             damaged += wrong
+        if with_sources:
+            _look_at_sources(experiment, replays)
+            if not damaged or rechecked:  # not through shards that cannot be read
+                _replay(experiment, states, replays)
+                damaged += replays.wrong
     return {
         "ok": not damaged,
-        "shards": shards,
+        "shards": sum(len(state.records) for state in states),
+        "bytes": sum(record.bytes for state in states for record in state.records.values()),
+        "seconds": round(seconds, 3),
         "damaged": damaged,
-        "rows_rechecked": rows,
+        "rows_rechecked": rechecked,
         "max_rel_error": worst,
+        "rows_replayed": replays.rows,
+        "pictures_replayed": replays.pictures,
+        "pictures_identical": replays.identical,
+        "max_pixel_difference": replays.max_pixel_difference,
+        "max_label_difference": replays.max_label_difference,
+        "sources_missing": len(replays.missing),
+        "sources_changed": sorted(replays.changed),
     }
 
 
 def _verify_shards(state: CacheState) -> list[Damage]:
     found: list[Damage] = []
+    bad: set[str] = set()
     with ThreadPoolExecutor(os.cpu_count()) as pool, StageProgress("verify", len(state.records), "shards") as progress:
 
         def look(record: ShardRecord) -> tuple[ShardRecord, list[Damage]]:
@@ -66,8 +90,46 @@ def _verify_shards(state: CacheState) -> list[Damage]:
             progress.advance()
             found += damages
             if damages:
-                state.folder.withdraw(record.input_hash)
+                bad.add(record.input_hash)
+    found += verify_joins(state.folder, bad)
+    for input_hash in bad:
+        here = [damage for damage in found if input_hash in str(damage.path)]
+        why = [f"{damage.path.relative_to(state.root)}: {damage.what}" for damage in here]
+        state.folder.withdraw(input_hash, why)
     return found
+
+
+def _look_at_sources(experiment: Experiment, replays: Replays) -> None:
+    """Read every source file and hold it against its last scan."""
+    index = ManifestIndex(experiment)
+    named = {
+        source.key: source
+        for _, name, config in experiment.datasets_by_role()
+        for source in named_sources(experiment, name, config)
+    }
+    digests = DigestMemory(experiment.workdir.state / "digests.json", rehash=True)
+
+    def look(source: Source) -> list[str]:
+        manifest = index.remembered(source)
+        if not source.path.is_file():
+            return [str(source.path)]
+        return [] if manifest is None else changed_files(source, manifest, digests)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, StageProgress("verify", len(named), "source files") as progress:
+        for files in pool.map(look, named.values()):
+            progress.advance()
+            gone = {name for name in files if not Path(name).is_file()}
+            replays.missing |= gone
+            replays.changed |= set(files) - gone
+
+
+def _replay(experiment: Experiment, states: list[CacheState], replays: Replays) -> None:
+    for state in states:
+        reader = open_cache(state.root)
+        chosen = _choose(reader, state.fingerprint)
+        with StageProgress("replay", len(chosen), "rows") as progress:
+            for outcome in replay(experiment, state, reader, chosen, progress.advance):
+                replays.add(outcome)
 
 
 def _recheck(experiment: Experiment, states: list[CacheState]) -> tuple[int, float, list[str]]:
@@ -82,34 +144,62 @@ def _recheck(experiment: Experiment, states: list[CacheState]) -> tuple[int, flo
     rows, worst, wrong = 0, 0.0, []
     for state in states:
         reader = open_cache(state.root)
-        chosen = _choose(len(reader), state.fingerprint)
+        chosen = _choose(reader, state.fingerprint)
         tolerance = TOLERANCE_BF16 if precision == "bf16" else TOLERANCE[state.settings.features.encoding]
         with StageProgress("verify", len(chosen), "rows") if chosen else nullcontext():
             for check in recheck_rows(reader, chosen, forward):
                 rows, worst = rows + 1, max(worst, check.max_rel_error)
                 if check.max_rel_error > tolerance:
+                    shard = reader.shard_path(reader.position(check.sample_id))
                     wrong.append(
-                        f"{state.root}: {check.sample_id} view {check.view}: the teacher's {check.worst} of today is "
-                        f"{check.max_rel_error:.3g} away from the stored one, {tolerance:g} is allowed"
+                        f"{shard}: {check.sample_id} view {check.view}: the teacher's {check.worst} of today is "
+                        f"{check.max_rel_error:.3g} away from the stored one, {tolerance:g} is allowed. {REMEDY}"
                     )
     return rows, worst, wrong
 
 
-def _choose(count: int, seed: str) -> list[int]:
-    """Rows to run again: at least max(32, 0.1%), all if fewer; the same rows every time for the same cache."""
-    wanted = min(count, max(MIN_ROWS, round(count * SHARE)))
-    return sorted(random.Random(seed).sample(range(count), wanted))
+def _choose(reader: CacheReader, seed: str) -> list[int]:
+    """Rows to run again: one of every shard, and at least max(32, 0.1%) in all, or all if there are fewer.
+
+    The same rows every time for the same cache.
+    """
+    order = np.random.default_rng(int(seed, 16)).permutation(len(reader))
+    first = np.unique(reader.shards[order], return_index=True)[1]
+    wanted = max(MIN_ROWS, round(len(reader) * SHARE)) - len(first)
+    others = np.delete(order, first)[: max(wanted, 0)]
+    return sorted(int(row) for row in (*order[first], *others))
 
 
 def verify_text(document: Mapping[str, Any]) -> str:
     """The same for a person."""
-    lines = [f"{document['shards']} shards read, {len(document['damaged'])} things damaged"]
+    gigabytes, seconds = document["bytes"] / 1e9, document["seconds"]
+    lines = [
+        f"{document['shards']} shards, {human_bytes(document['bytes'])} read in {seconds:.1f} s "
+        f"({seconds / max(gigabytes, 1e-9):.1f} s a GB), {len(document['damaged'])} things damaged"
+    ]
     lines += [f"  {line}" for line in document["damaged"]]
     if document["rows_rechecked"]:
         lines.append(
             f"the teacher again on {document['rows_rechecked']} rows: largest relative error "
             f"{document['max_rel_error']:.2e}"
         )
+    lines += _about_sources(document)
     if document["damaged"]:
         lines.append("`handstill run` repairs what is damaged and only that.")
     return "\n".join(lines)
+
+
+def _about_sources(document: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if document["rows_replayed"]:
+        lines.append(
+            f"{document['pictures_replayed']} pictures of {document['rows_replayed']} rows made again from their "
+            f"sources: {document['pictures_identical']} the same to the bit (values differ by "
+            f"{document['max_pixel_difference']} levels at most), labels within {document['max_label_difference']:.2g}"
+        )
+    if document["sources_missing"]:
+        lines.append(f"{document['sources_missing']} source files are not there, which the cache does not need")
+    if document["sources_changed"]:
+        lines.append("source files that changed since they were ingested (`handstill run` ingests them again):")
+        lines += [f"  {name}" for name in document["sources_changed"]]
+    return lines

@@ -31,6 +31,7 @@ from models.crops import (
     view_rng,
 )
 from stages.pictures import decode
+from stages.sources import SourceChangedError, SourceMissingError
 from storage.config import CacheConfig, FeaturesConfig, PicturesConfig
 from storage.durable import sha256_bytes
 from storage.encodings import decode_picture, encode_picture
@@ -157,21 +158,30 @@ def _samples(job: ShardJob) -> Iterator[Iterator[PreparedView] | Quarantined]:
             yield prepared_views(row, photo, job.settings, truth)
 
 
+def photo_file(row: Row, base: Path) -> Path:
+    """The file that holds the photograph of a manifest row: the tar, or the picture itself."""
+    return base / str(row["source"] if row["image_offset"] >= 0 else row["image_path"])
+
+
 def read_photo(row: Row, base: Path) -> bytes:
-    """The encoded photograph of a manifest row; InputError unless its bytes are those that were ingested."""
-    in_tar = row["image_offset"] >= 0
-    path = base / (row["source"] if in_tar else row["image_path"])
+    """The encoded photograph of a manifest row.
+
+    Raises:
+        SourceMissingError: there is no such file, or it cannot be read.
+        SourceChangedError: its bytes are not those that were ingested.
+    """
+    in_tar, path = row["image_offset"] >= 0, photo_file(row, base)
     try:
         with path.open("rb") as file:
             if in_tar:
                 file.seek(row["image_offset"])
             data: bytes = file.read(row["image_length"]) if in_tar else file.read()
     except OSError as error:
-        raise InputError(
+        raise SourceMissingError(
             f"{path} cannot be read ({error.strerror}); bring it back, or take it out of datasets"
         ) from None
     if sha256_bytes(data) != row["image_sha256"]:
-        raise InputError(
+        raise SourceChangedError(
             f"{path}: the picture {row['image_name']} has changed since it was ingested; "
             "leave the sources alone while handstill runs, then run again"
         )
@@ -217,26 +227,38 @@ def prepared_views(
     row: Row, photo: NDArray[np.uint8], settings: TeachSettings, truth: TruthShape
 ) -> Iterator[PreparedView]:
     """The views of one hand, one at a time."""
-    labels = _labels(row)
-    once = _per_sample(row) | truth.values(row)
+    labels = source_labels(row)
+    once = per_sample(row) | truth.values(row)
     for view in range(settings.views):
-        augmentation, rule = _plan_view(row, view, settings)
-        cut = crop(photo, row["center"], rule.side_px(row["scale"]), row["right"], augmentation)
-        encoded = encode_picture(cut.picture, settings.pictures.codec, settings.pictures.quality)
-        values = _view_labels(move_labels(labels, cut, augmentation)) | _view_parameters(cut, augmentation)
+        augmentation = _augmentation(row, view, settings)
+        side_px = box_rule(settings.role, row, view).side_px(row["scale"])
+        cut = crop(photo, row["center"], side_px, row["right"], augmentation)
+        encoded, values = seen(cut, labels, augmentation, settings.pictures)
         yield PreparedView(row["sample_id"], view, encoded, values, once)
 
 
-def _plan_view(row: Row, view: int, settings: TeachSettings) -> tuple[Augmentation, BoxRule]:
-    if settings.role == "evaluate":
-        protocol = cast(Literal["freihand", "ho3d", "hint"] | None, row["protocol"] or None)
-        return IDENTITY, boxes_for(protocol)[view]
-    if view == 0 or settings.augmentation == "none":
-        return IDENTITY, STUDENT_BOX
-    return draw_augmentation(view_rng(settings.seed, row["sample_id"], view)), STUDENT_BOX
+def seen(cut: Crop, labels: HandLabels, augmentation: Augmentation, pictures: PicturesConfig) -> tuple[bytes, Values]:
+    """What is stored of a cut-out view: its encoded picture; by array path, its moved labels and its parameters."""
+    encoded = encode_picture(cut.picture, pictures.codec, pictures.quality)
+    return encoded, _view_labels(move_labels(labels, cut, augmentation)) | _view_parameters(cut, augmentation)
 
 
-def _labels(row: Row) -> HandLabels:
+def box_rule(role: Role, row: Row, view: int) -> BoxRule:
+    """How the box of a view follows from the annotated one."""
+    if role == "train":
+        return STUDENT_BOX
+    protocol = cast(Literal["freihand", "ho3d", "hint"] | None, row["protocol"] or None)
+    return boxes_for(protocol)[view]
+
+
+def _augmentation(row: Row, view: int, settings: TeachSettings) -> Augmentation:
+    if view == 0 or settings.augmentation == "none":  # evaluation sets always have none
+        return IDENTITY
+    return draw_augmentation(view_rng(settings.seed, row["sample_id"], view))
+
+
+def source_labels(row: Row) -> HandLabels:
+    """The labels of a manifest row, in the photograph."""
     pose = np.array(row["hand_pose"], np.float32)
     return HandLabels(
         keypoints_2d=np.array(row["keypoints_2d"], np.float32).reshape(21, 3),
@@ -270,7 +292,8 @@ def _view_parameters(cut: Crop, augmentation: Augmentation) -> Values:
     }
 
 
-def _per_sample(row: Row) -> Values:
+def per_sample(row: Row) -> Values:
+    """What is stored once a sample, whatever the view; by array path."""
     return {
         "labels/has_hand_pose": np.array(row["has_hand_pose"], np.float32),
         "labels/has_betas": np.array(row["has_betas"], np.float32),

@@ -10,6 +10,15 @@ from typing import Protocol
 
 from stages.annotations import Float32Array, HandAnnotation
 from stages.pictures import Picture
+from storage.errors import InputError
+
+
+class SourceMissingError(InputError):
+    """A file that the manifest names is not there, or cannot be read."""
+
+
+class SourceChangedError(InputError):
+    """A file that the manifest names holds other bytes than when it was ingested."""
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from models.crops import PREPROCESSING_VERSION
 from stages.answers import OUTPUTS, Forward, as_stored, fill_shard, run_padded
 from stages.preparation import PreparedBatch, ShardJob, TeachSettings, prepared_batches
+from stages.replay import LIBRARIES, picture_libraries
 from storage import layout
 from storage.cache import CacheFolder
 from storage.config import FeatureGrid
 from storage.durable import partial_path, publish_directory, remove_tree
 from storage.encodings import JPEG_SUBSAMPLING, PAPER_SIZE, bilinear_taps
 from storage.errors import DamageError
-from storage.ledger import Quarantined, ShardRecord, write_record
+from storage.ledger import Quarantined, ShardRecord
 from storage.reading import PICTURES, CacheReader
 from storage.shards import ShardHeader, ShardWriter
 from storage.verification import quick_check
@@ -136,7 +137,6 @@ def write_shard(
 def publish_shard(job: ShardJob, written: WrittenShard) -> ShardRecord:
     """The part of `teach_shard` that waits for the disk: durable, published, recorded, in this order."""
     folder = CacheFolder(job.cache_root)
-    record_path = folder.record_path(job.input_hash)
     try:
         published = publish_directory(written.partial, folder.shard_path(job.input_hash))
     finally:
@@ -144,7 +144,7 @@ def publish_shard(job: ShardJob, written: WrittenShard) -> ShardRecord:
             remove_tree(written.partial)
     if published:
         record = written.record
-        write_record(record_path, record)
+        folder.record(record)
     else:  # another attempt was faster: record what it published, whose last bits may be another machine's
         record = folder.adopt_shard(job.input_hash)
     _note(job, "shard_committed")
@@ -263,7 +263,7 @@ def numerics(device: str, *, compiled: bool = False) -> dict[str, Any]:
     """What only moves the last bits of an answer on this machine: recorded with each shard."""
     import torch
 
-    how = {"torch": torch.__version__} | ({"compiled": True} if compiled else {})
+    how = {"torch": torch.__version__, LIBRARIES: picture_libraries()} | ({"compiled": True} if compiled else {})
     if device.startswith("cuda"):
         return {"device": torch.cuda.get_device_name(device)} | how
     return {"device": "cpu"} | how | {"threads": torch.get_num_threads()}

@@ -5,12 +5,13 @@
     hand_model.safetensors an attachment: what decodes the stored poses
     shards/<input hash>.zarr   immutable, published by rename
     ledger/<input hash>.json   written after its shard: a shard counts as finished when its record stands (sealed)
+    ledger/<input hash>.withdrawn   why `verify` took the record away, until the shard is whole again (sealed)
     snapshots/, HEAD.json      storage/snapshots.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from storage.durable import (
 )
 from storage.errors import DamageError, InputError
 from storage.identity import CACHE_JSON, cache_document, fingerprint, read_description
-from storage.ledger import ShardRecord, read_record, write_record
+from storage.ledger import WITHDRAWN, ShardRecord, read_record, withdrawal_path, write_record, write_withdrawal
 from storage.reading import CacheReader, open_cache
 from storage.shards import record_from_disk
 
@@ -110,6 +111,9 @@ class CacheFolder:
     def record_path(self, input_hash: str) -> Path:
         return self.ledger_dir / f"{input_hash}.json"
 
+    def withdrawal_path(self, input_hash: str) -> Path:
+        return withdrawal_path(self.record_path(input_hash))
+
     def damaged_attachments(self) -> list[Path]:
         """Attachments that are gone or not what cache.json says."""
         listed = self.description()["attachments"]
@@ -140,7 +144,10 @@ class CacheFolder:
         return sorted(path.stem for path in self.shards_dir.glob("*.zarr") if path.stem not in recorded)
 
     def adopt(self, recorded: Collection[str] | None = None) -> Adoption:
-        """Check every unrecorded shard in full; record the whole ones, discard the damaged. Before a run's work."""
+        """Check every unrecorded shard in full; record the whole ones, discard the damaged. Before a run's work.
+
+        Notes about shards that are gone altogether go too: there is nothing left that could be damaged.
+        """
         adopted, discarded = [], []
         for input_hash in self.unrecorded(recorded):
             try:
@@ -148,6 +155,9 @@ class CacheFolder:
             except DamageError:
                 self.discard(input_hash)
                 discarded.append(input_hash)
+        for note in self.ledger_dir.glob(f"*{WITHDRAWN}"):
+            if not self.shard_path(note.stem).exists():
+                note.unlink()
         return Adoption(tuple(adopted), tuple(discarded))
 
     def adopt_shard(self, input_hash: str) -> ShardRecord:
@@ -155,13 +165,23 @@ class CacheFolder:
         record = record_from_disk(self.shard_path(input_hash))
         if record.input_hash != input_hash:
             raise DamageError(f"{self.shard_path(input_hash)} holds another shard ({record.input_hash})")
-        write_record(self.record_path(input_hash), record)
+        self.record(record)
         return record
 
-    def withdraw(self, input_hash: str) -> None:
-        """Take a shard's record away, so that the next run checks it in full and makes it again if it is damaged."""
+    def record(self, record: ShardRecord) -> None:
+        """Record a published shard, which is finished from here on; what was held against an earlier one is void."""
+        self.withdrawal_path(record.input_hash).unlink(missing_ok=True)  # first: a note never stands beside a record
+        write_record(self.record_path(record.input_hash), record)
+
+    def withdraw(self, input_hash: str, why: Sequence[str] = ()) -> None:
+        """Take a shard's record away, so that the next run checks it in full and makes it again if it is damaged.
+
+        why: kept beside the ledger until then, for whoever asks in between.
+        """
         self.record_path(input_hash).unlink(missing_ok=True)
         sync_directory(self.ledger_dir)
+        if why:
+            write_withdrawal(self.withdrawal_path(input_hash), why)
 
     def discard(self, input_hash: str) -> None:
         """Remove a shard: its record first, then its name, then its bytes."""
@@ -172,6 +192,7 @@ class CacheFolder:
             path.rename(doomed)
             sync_directory(self.shards_dir)
             remove_tree(doomed)
+        self.withdrawal_path(input_hash).unlink(missing_ok=True)
 
     def sweep_temporary(self) -> int:
         """Remove what killed writers left; only while no writer is at work. Returns how many."""

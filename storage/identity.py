@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import layout
-from storage.durable import canonical_json, read_sealed_json, sha256_bytes
+from storage.durable import canonical_json, read_sealed_json, sha256_bytes, sha256_file
 from storage.errors import DamageError, InputError
 
 CACHE_JSON = "cache.json"
@@ -35,6 +35,8 @@ def read_description(root: Path) -> dict[str, Any]:
     """cache.json of a cache folder, checked; InputError when it is no cache or of another version of the format."""
     path = root / CACHE_JSON
     if not path.is_file():
+        if (root / "ledger").is_dir():
+            raise DamageError(f"{path} is gone; run `handstill run`, which writes it again")
         raise InputError(
             f"{root} is not a cache: it has no {CACHE_JSON}. Give a folder that `handstill run teach` made."
         )
@@ -47,3 +49,17 @@ def read_description(root: Path) -> dict[str, Any]:
     if fingerprint(document["identity"]) != document["fingerprint"] or document["fingerprint"] != root.name:
         raise DamageError(f"{path} is damaged or was moved: its identity does not give the name of its folder")
     return document
+
+
+def sound_attachment(path: Path) -> Path:
+    """`path` itself, once its bytes are those that the cache.json beside it lists. A file of no cache is taken as is.
+
+    Raises:
+        DamageError: it is gone, or has other bytes than were written.
+    """
+    if not (path.parent / CACHE_JSON).is_file():
+        return path
+    listed = read_description(path.parent)["attachments"].get(path.name)
+    if listed is None or not path.is_file() or sha256_file(path) != listed["sha256"]:
+        raise DamageError(f"{path} is damaged: it is gone or has other bytes than were written; run `handstill run`")
+    return path

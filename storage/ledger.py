@@ -6,13 +6,17 @@ A record holds nothing that differs between an undisturbed run and one that was 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from storage.durable import read_sealed_json, sealed_json, write_bytes_atomic
 from storage.errors import DamageError
+
+WITHDRAWN = ".withdrawn"
+"""Ending of the note that stands in the place of a record which `verify` took away."""
+_REASONS_KEPT = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +106,22 @@ def read_record(path: Path) -> ShardRecord:
         # Interned: all shards have the same sixty names, and the real job's records are all in memory at once.
         files={sys.intern(name): FileDigest(**digest) for name, digest in fields["files"].items()},
     )
+
+
+def withdrawal_path(record_path: Path) -> Path:
+    """Where the note stands that says why a shard has lost its record."""
+    return record_path.with_suffix(WITHDRAWN)
+
+
+def write_withdrawal(path: Path, why: Sequence[str]) -> None:
+    """Note why a shard lost its record; of very many reasons the first ones."""
+    more = [f"and {len(why) - _REASONS_KEPT} more"] if len(why) > _REASONS_KEPT else []
+    write_bytes_atomic(path, sealed_json({"input_hash": path.stem, "why": [*why[:_REASONS_KEPT], *more]}))
+
+
+def read_withdrawal(path: Path) -> list[str]:
+    """Why a shard lost its record; empty when nothing is noted. DamageError when the note is not as written."""
+    if not path.is_file():
+        return []
+    why: list[str] = read_sealed_json(path)["why"]
+    return why

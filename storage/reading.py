@@ -21,9 +21,9 @@ from storage import layout
 from storage.encodings import PICTURE_SIZE_PX, decode_picture
 from storage.errors import DamageError, InputError
 from storage.identity import read_description
-from storage.ledger import read_record
+from storage.ledger import read_record, read_withdrawal, withdrawal_path
 from storage.shard_file import ShardFile
-from storage.snapshots import HEAD_JSON, read_head, read_info, read_snapshot, snapshot_path
+from storage.snapshots import HEAD_JSON, known_snapshots, read_head, read_info, read_snapshot, snapshot_path
 
 PICTURES = "pictures"
 """The key of decoded pictures in what a reader returns."""
@@ -91,6 +91,15 @@ class CacheReader:
         """The data set of each sample, in order of position."""
         names: list[str] = self._rows["dataset"].to_pylist()
         return names
+
+    @property
+    def shards(self) -> NDArray[np.int32]:
+        """Which shard each sample is in, counted from 0, in order of position."""
+        return self._shard_of
+
+    def shard_path(self, position: int) -> Path:
+        """Folder of the shard that a sample is in."""
+        return self.root / "shards" / f"{self._shard_names[self._shard_of[position]]}.zarr"
 
     @property
     def n_views(self) -> int:
@@ -178,20 +187,21 @@ class CacheReader:
             if shard is not None:
                 self._open.move_to_end(index)
                 return shard
-        shard = self._open_shard(self._shard_names[index])
+        shard = self._open_shard(self.shard_path(position))
         with self._lock:
             shard = self._open.setdefault(index, shard)
             while len(self._open) > self._open_limit:
                 self._open.popitem(last=False)  # its maps close when the last batch that uses them is done
         return shard
 
-    def _open_shard(self, input_hash: str) -> ShardFile:
-        ledger = self.root / "ledger" / f"{input_hash}.json"
+    def _open_shard(self, path: Path) -> ShardFile:
+        ledger = self.root / "ledger" / f"{path.stem}.json"
         try:
             record = read_record(ledger)
         except FileNotFoundError as error:
-            raise DamageError(f"{ledger} is gone: the shard was withdrawn or cleaned; run `handstill run`") from error
-        return ShardFile(self.root / "shards" / f"{input_hash}.zarr", record)
+            why = "; ".join(read_withdrawal(withdrawal_path(ledger))) or "the shard was withdrawn or cleaned"
+            raise DamageError(f"{ledger} is gone: {why}; run `handstill run`") from error
+        return ShardFile(path, record)
 
 
 def shards_to_keep_open() -> int:
@@ -251,7 +261,16 @@ def open_cache(path: Path | str, snapshot: str | Mapping[str, str] | None = None
     read_description(path)
     if isinstance(snapshot, str):
         return CacheReader(path, {read_info(snapshot_path(path, snapshot)).dataset: snapshot})
-    digests = read_head(path) if snapshot is None else snapshot
+    return CacheReader(path, _current(path) if snapshot is None else snapshot)
+
+
+def _current(root: Path) -> dict[str, str]:
+    digests, known = read_head(root), known_snapshots(root)
+    if not digests and known:
+        raise DamageError(f"{root / HEAD_JSON} is gone; run `handstill run`, which writes it again")
     if not digests:
-        raise InputError(f"{path} has no finished snapshot ({HEAD_JSON}); run `handstill run teach`")
-    return CacheReader(path, digests)
+        raise InputError(f"{root} has no finished snapshot ({HEAD_JSON}); run `handstill run teach`")
+    for digest in digests.values():
+        if digest not in known:
+            raise DamageError(f"{snapshot_path(root, digest)} is gone, which {HEAD_JSON} names; run `handstill run`")
+    return digests

@@ -187,10 +187,14 @@ def snapshot_path(root: Path, digest: str) -> Path:
 def read_info(path: Path) -> SnapshotInfo:
     """The sidecar of the snapshot at `path` (the parquet file), its seal checked."""
     sidecar = path.with_suffix(".json")
-    if not path.is_file() or not sidecar.is_file():
+    there = [item for item in (path, sidecar) if item.is_file()]
+    if not there:
         raise InputError(
             f"no snapshot {path.stem} in {path.parent}; found {_known(path.parent)}. Run `handstill run teach`."
         )
+    if len(there) == 1:
+        gone = sidecar if there == [path] else path
+        raise DamageError(f"{gone} is gone; run `handstill run`, which writes the current snapshots again")
     info = SnapshotInfo(**read_sealed_json(sidecar))
     if info.digest != path.stem:
         raise DamageError(f"{sidecar} belongs to another snapshot ({info.digest}); run `handstill run`")
@@ -198,7 +202,12 @@ def read_info(path: Path) -> SnapshotInfo:
 
 
 def _known(folder: Path) -> str:
-    return ", ".join(sorted(path.stem for path in folder.glob("*.parquet"))) or "none"
+    return ", ".join(known_snapshots(folder.parent)) or "none"
+
+
+def known_snapshots(root: Path) -> list[str]:
+    """Digests of all snapshots that stand in a cache, current or not."""
+    return sorted(path.stem for path in (root / "snapshots").glob("*.parquet"))
 
 
 def read_snapshot(path: Path) -> pa.Table:

@@ -1,7 +1,8 @@
 """Proving that a cache is what it was when it was written: every file, every byte, and nothing besides.
 
-`quick_check` looks at names and sizes only (for `plan`); `verify_shard` and `verify_folder` read everything. Neither
-changes anything.
+`quick_check` looks at names and sizes only (for `plan`); `verify_shard` and `verify_folder` read everything, and
+`verify_joins` whether snapshots and shards are about the same samples. None changes anything. Memory is bounded by
+what one snapshot and one array of labels take: pictures and features are read in pieces.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from storage import layout, zarr3
 from storage.cache import CacheFolder
 from storage.durable import is_partial, sha256_file
 from storage.errors import DamageError, InputError
 from storage.identity import CACHE_JSON
-from storage.ledger import ShardRecord, read_record
-from storage.shards import array_document, record_from_disk
-from storage.snapshots import HEAD_JSON, read_head, read_snapshot, snapshot_digest, snapshot_path
+from storage.ledger import WITHDRAWN, ShardRecord, read_record, read_withdrawal
+from storage.shards import array_document, record_from_disk, unpadded_ids
+from storage.snapshots import HEAD_JSON, known_snapshots, read_head, read_snapshot, snapshot_digest, snapshot_path
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,9 @@ def _array_damages(shard: Path, entry: layout.Entry, record: ShardRecord) -> Ite
 
 
 def _checksums_match(path: Path, metadata: zarr3.ArrayMetadata) -> bool:
-    data = path.read_bytes() if metadata.record_shape is None else np.memmap(path, np.uint8, mode="r")
-    if isinstance(data, bytes):
-        return zarr3.crc32c_bytes(data[: -zarr3.CRC_BYTES]) == data[-zarr3.CRC_BYTES :]
+    data = np.memmap(path, np.uint8, mode="r")
+    if metadata.record_shape is None:
+        return zarr3.crc32c(data[: -zarr3.CRC_BYTES]) == int.from_bytes(data[-zarr3.CRC_BYTES :].tobytes(), "little")
     size = metadata.record_bytes
     end = metadata.n_records * (size + zarr3.CRC_BYTES)
     if data[end:].tobytes() != zarr3.index_bytes(size, metadata.n_records):
@@ -176,6 +180,9 @@ def _description_damages(cache: CacheFolder) -> list[Damage]:
 def _ledger_damages(cache: CacheFolder) -> list[Damage]:
     damages = []
     for path in _entries(cache.ledger_dir):
+        if path.suffix == WITHDRAWN:
+            damages += _withdrawal_damages(path)
+            continue
         if path.suffix != ".json":
             damages.append(Damage(path, "does not belong to the ledger"))
             continue
@@ -186,8 +193,16 @@ def _ledger_damages(cache: CacheFolder) -> list[Damage]:
     recorded = cache.finished().keys()
     for path in _entries(cache.shards_dir):
         if path.suffix != ".zarr" or path.stem not in recorded:
-            damages.append(Damage(path, "has no ledger record"))
+            damages.append(Damage(path, f"has no ledger record ({cache.record_path(path.stem)})"))
     return damages
+
+
+def _withdrawal_damages(note: Path) -> list[Damage]:
+    """What an earlier `verify` found in a shard that nobody has made again since."""
+    try:
+        return [Damage(note, f"the shard's record was withdrawn: {why}") for why in read_withdrawal(note)]
+    except DamageError as error:
+        return [Damage(note, str(error))]
 
 
 def _snapshot_damages(cache: CacheFolder) -> list[Damage]:
@@ -199,10 +214,13 @@ def _snapshot_damages(cache: CacheFolder) -> list[Damage]:
     for path in _entries(cache.snapshots_dir):
         if path.suffix not in (".parquet", ".json") or not path.with_suffix(".parquet").is_file():
             damages.append(Damage(path, "does not belong to a snapshot"))
+    if known_snapshots(cache.root) and not (cache.root / HEAD_JSON).is_file():
+        damages.append(Damage(cache.root / HEAD_JSON, "is gone: no snapshot is current"))
     try:
         for dataset, digest in read_head(cache.root).items():
             if not snapshot_path(cache.root, digest).is_file():
-                damages.append(Damage(cache.root / HEAD_JSON, f"names a snapshot of {dataset} that is gone ({digest})"))
+                named = f"is gone, and {HEAD_JSON} names it as the snapshot of {dataset}"
+                damages.append(Damage(snapshot_path(cache.root, digest), named))
     except DamageError as error:
         damages.append(Damage(cache.root / HEAD_JSON, str(error)))
     return damages
@@ -216,3 +234,48 @@ def _one_snapshot_damages(cache: CacheFolder, path: Path) -> list[Damage]:
     if snapshot_digest(cache.fingerprint, table) != path.stem:
         return [Damage(path, "its content does not give its name")]
     return []
+
+
+def verify_joins(cache: CacheFolder, known_damaged: Collection[str] = ()) -> Iterator[Damage]:
+    """Whether every row that a current snapshot names is in its shard, under the sample's id.
+
+    known_damaged: input hashes of shards that are not to be read. Damaged snapshots are `verify_folder`'s to tell.
+    """
+    try:
+        snapshots = {
+            name: read_snapshot(snapshot_path(cache.root, digest)) for name, digest in read_head(cache.root).items()
+        }
+    except (DamageError, InputError):
+        return
+    for dataset, table in snapshots.items():
+        for input_hash, ids, rows in _rows_by_shard(table):
+            record = cache.finished_record(input_hash)
+            if record is None and not cache.shard_path(input_hash).exists():
+                yield Damage(cache.shard_path(input_hash), f"is gone, and the snapshot of {dataset} names it")
+            elif record is not None and input_hash not in known_damaged:
+                yield from _join_damages(cache.shard_path(input_hash), ids, rows)
+
+
+def _rows_by_shard(table: pa.Table) -> Iterator[tuple[str, pa.Array, NDArray[np.int32]]]:
+    """(input hash, sample ids, their rows) for each shard of a snapshot."""
+    cached = table.filter(pc.is_valid(table["row"])).select(["sample_id", "shard", "row"]).sort_by("shard")
+    if not len(cached):
+        return
+    ids, rows = cached["sample_id"].combine_chunks(), cached["row"].to_numpy()
+    names = pc.run_end_encode(cached["shard"].combine_chunks())
+    start = 0
+    for input_hash, end in zip(names.values.to_pylist(), names.run_ends.to_pylist(), strict=True):
+        yield input_hash, ids.slice(start, end - start), rows[start:end]
+        start = end
+
+
+def _join_damages(shard: Path, ids: pa.Array, rows: NDArray[np.int32]) -> Iterator[Damage]:
+    folder = shard / layout.SAMPLE_ID
+    metadata = zarr3.parse_array((folder / zarr3.METADATA_NAME).read_bytes())
+    data = (folder / metadata.chunk_name).read_bytes()[: -zarr3.CRC_BYTES]
+    stored = unpadded_ids(zarr3.from_little_endian(data, metadata))
+    for row, sample_id in zip(rows.tolist(), ids.to_pylist(), strict=True):
+        found = stored[row] if row < len(stored) else "nothing"
+        if found != sample_id:
+            yield Damage(folder / metadata.chunk_name, f"row {row} is {found}, the snapshot has {sample_id} there")
+            return  # one line a shard: what was swapped once was often swapped throughout

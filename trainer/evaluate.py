@@ -30,6 +30,7 @@ from models.student import Student
 from storage.cache import CacheReader, open_cache
 from storage.durable import canonical_json, partial_path, sweep_partial, sync_directory, write_bytes_atomic
 from storage.errors import DamageError, InputError
+from storage.identity import sound_attachment
 from trainer.config import LatencyConfig
 from trainer.data import PICTURES, Batch, in_order
 from trainer.latency import Latency, measure
@@ -151,7 +152,7 @@ def evaluate_teacher(job: TeacherJob) -> EvaluationResult:
     """Score the teacher's cached answers, and the mean pose, on every set."""
     if (done := read_evaluation(job.out_dir, job.identity)) is not None:
         return done
-    hand_model = load_hand_model(job.hand_model)
+    hand_model = load_hand_model(sound_attachment(job.hand_model))
     teacher, nothing = cached_teacher(hand_model), mean_pose(hand_model)
     metrics, samples, unanswered = _score_sets(job.sets, job.out_dir, TEACHER_VIEW, teacher, job.batch_size, nothing)
     baseline, _, _ = _score_sets(job.sets, None, STUDENT_VIEW, nothing, job.batch_size, nothing)

@@ -36,6 +36,7 @@ from storage.durable import (
     write_bytes_atomic,
 )
 from storage.errors import DamageError, InputError, WorkError
+from storage.identity import sound_attachment
 from trainer.config import StudentRecipe
 from trainer.data import PICTURES, Batch, Source, TrainMix
 from trainer.job import CHECKPOINT, PICTURES_PNG, RESULT, STUDENT, Callbacks, Silent, TrainJob, TrainResult
@@ -106,7 +107,7 @@ class _Run:
         torch.manual_seed(job.seed)
         weights = str(job.weights) if job.weights else None
         spec = StudentSpec(backbone=self.recipe.backbone, head=self.recipe.head, weights=weights)
-        student = Student(spec, load_hand_model(job.hand_model))
+        student = Student(spec, load_hand_model(sound_attachment(job.hand_model)))
         self.module = StudentUnderTraining(student, self.recipe, cast(FeatureGrid, grid), teacher_dim)
         self.module.to(self.device).to(memory_format=self.module.memory_format)
         trained = [p for p in self.module.parameters() if p.requires_grad]

@@ -112,6 +112,9 @@ def test_cached_answers_are_the_teachers(taught: dict[str, Any], config: Path) -
     assert document["ok"], document
     assert document["rows_rechecked"] == taught["stages"]["teach"]["samples_done"]
     assert document["max_rel_error"] < 1e-4  # the same machine, the same batch size: the same bits
+    assert document["rows_replayed"] == document["rows_rechecked"]
+    assert document["pictures_identical"] == document["pictures_replayed"] == 2 * document["rows_replayed"]
+    assert document["max_label_difference"] == 0
 
 
 def test_students_train_without_the_teacher(finished: dict[str, Any], config: Path) -> None:

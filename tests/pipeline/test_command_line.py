@@ -21,7 +21,7 @@ VERBS = {
     "run": {"STAGE?", "--rehash", "--limit"},
     "status": set(),
     "show": {"STAGE|PATH"},
-    "verify": {"--no-teacher"},
+    "verify": {"--no-teacher", "--no-sources"},
     "compare": set(),
     "clean": {"--stale", "--yes"},
 }

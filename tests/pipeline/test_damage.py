@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.cache import CacheFolder
 from storage.errors import DamageError
 from storage.reading import open_cache
 from tests.pipeline.commands import as_json, handstill
 from tests.pipeline.lab import NO_WORK, NOTHING, Lab, Work, tree
-from tests.tiny_experiment import write_teacher
 
 
 def features_of(shard: Path) -> Path:
@@ -76,32 +74,6 @@ def test_verify_finds_a_flipped_byte_and_run_repairs_it(lab: Lab, inside: str) -
     assert lab.run() == Work(shards={"alpha": 1})
     assert tree(lab.workdir / "cache") == before
     assert as_json(lab.config, "verify")["ok"] is True
-
-
-def test_verify_runs_the_teacher_again(lab: Lab) -> None:
-    document = as_json(lab.config, "verify")
-    assert document == {"ok": True, "shards": 8, "damaged": [], "rows_rechecked": 16, "max_rel_error": 0.0}
-    document = as_json(lab.config, "verify", "--no-teacher")
-    assert document["rows_rechecked"] == 0
-
-
-def test_verify_finds_answers_of_another_teacher(lab: Lab) -> None:
-    """Whole shards, every checksum right, made by another teacher and put in the place of ours."""
-    ours = {path.parent.parent for path in lab.shards()}
-    write_teacher(lab.folder / "teacher", seed=1)
-    lab.run("teach")
-    theirs = {path.parent.parent for path in lab.shards()} - ours
-    for cache in theirs:
-        role = CacheFolder(cache).identity["role"]
-        mine = next(path for path in ours if CacheFolder(path).identity["role"] == role)
-        for part in ("shards", "ledger"):
-            shutil.rmtree(cache / part)
-            shutil.copytree(mine / part, cache / part)
-    answer = handstill("verify", "-c", lab.config, "--json")
-    assert answer.code == 1
-    assert answer.document["rows_rechecked"] == 16
-    assert answer.document["max_rel_error"] > 0.1
-    assert all("away from the stored one" in line for line in answer.document["damaged"])
 
 
 def test_a_missing_result_of_a_student_is_made_again(lab: Lab) -> None:
