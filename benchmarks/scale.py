@@ -280,6 +280,7 @@ def write_results(config: Path) -> None:
         (student.folder / "result.json").write_text("{}")
     for scored in evaluation_states(experiment):
         scored.folder.mkdir(parents=True)
+        (scored.folder / "identity.json").write_bytes(canonical_json(scored.identity or {}))
         (scored.folder / LOGGED).write_bytes(canonical_json({"run_id": scored.digest[:32]}))
     identity = report_identity(experiment, evaluation_states(experiment))
     assert identity is not None

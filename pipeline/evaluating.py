@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.model_config import model_config_path
 from pipeline.caches import CacheState, cache_state
+from pipeline.changes import by_change, score_changes
 from pipeline.digests import digest_of
 from pipeline.events import append_event
 from pipeline.experiment import Experiment
@@ -101,12 +102,23 @@ def plan_evaluate(experiment: Experiment) -> StagePlan:
     states = evaluation_states(experiment)
     todo = [state for state in states if not state.done]
     reasons: list[Reason] = ["changed" if any(state.parent.glob(f"*/{LOGGED}")) else "new" for state in todo]
+    changes = [
+        change
+        for state in todo
+        if state.identity is not None
+        for change in score_changes(state.label, state.parent.glob(f"*/{LOGGED}"), state.identity)
+    ]
     return StagePlan(
         total=len(states),
         todo=len(todo),
         unit="networks",
         reasons=count_reasons(reasons),
-        why=tuple(f"{reason}: {state.label}" for reason, state in zip(reasons, todo, strict=True)),
+        why=(
+            *by_change(changes),
+            *(f"{reason}: {state.label}" for reason, state in zip(reasons, todo, strict=True)),
+        ),
+        work=tuple({"unit": state.label, "reason": reason} for reason, state in zip(reasons, todo, strict=True)),
+        changes=tuple(changes),
         units=tuple(todo),
         estimated=any(state.identity is None for state in todo),
     )
@@ -222,6 +234,9 @@ def _unit(experiment: Experiment, cache: CacheState, state: EvaluationState) -> 
     from pipeline.tracking import CacheInput, tracking_target
     from trainer.evaluate import EvaluationSet
 
+    assert state.identity is not None
+    state.folder.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(state.folder / "identity.json", canonical_json(state.identity))
     config = experiment.config
     digests = {name: digest or "" for name, digest in cache.digests.items()}
     sets = tuple(

@@ -72,6 +72,7 @@ def plan_ingest(experiment: Experiment) -> StagePlan:
         unit="source files",
         reasons=count_reasons(reasons) | ({"removed": len(gone)} if gone else {}),
         bytes=BYTES_A_ROW * len(todo),
+        work=tuple({"unit": str(source.path), "reason": reason} for reason, source in zip(reasons, todo, strict=True)),
         why=(*why, *(f"removed: {place.split('|', 1)[1]}" for place in gone)),
         units=tuple(todo),
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.changes import Change
 from pipeline.experiment import Experiment
 
 Reason = Literal["new", "changed", "removed", "damaged"]
@@ -30,6 +31,10 @@ class StagePlan:
     """Estimated accelerator time, from the network's size; see `teaching.PASSES_PER_GPU_SECOND`."""
     why: tuple[str, ...] = ()
     """One line a cause, for a person."""
+    work: tuple[dict[str, Any], ...] = ()
+    """`unit` and `reason` of each unit that is to be done, and whatever else tells which it is."""
+    changes: tuple[Change, ...] = ()
+    """Keys that differ from the nearest output that is there."""
     units: tuple[Any, ...] = ()
     """What `run` works on; private to the stage."""
     estimated: bool = False
@@ -47,6 +52,8 @@ class StagePlan:
             "teacher_passes": self.teacher_passes,
             "gpu_hours": float(f"{self.gpu_hours:.3g}"),
             "why": list(self.why),
+            "work": list(self.work),
+            "changes": [change.as_json() for change in self.changes],
             "estimated": self.estimated,
         }
 

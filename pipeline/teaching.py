@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from pipeline.caches import (
     CacheState,
@@ -14,6 +15,7 @@ from pipeline.caches import (
     resolved_precision,
     teacher_gpus,
 )
+from pipeline.changes import by_change, cache_changes
 from pipeline.config import Role
 from pipeline.events import EventTail, append_event
 from pipeline.experiment import Experiment
@@ -25,7 +27,8 @@ from pipeline.workers import ray_session
 from stages.preparation import ShardJob
 from storage.cache import HAND_MODEL, CacheFolder
 from storage.encodings import grid_shape
-from storage.errors import DamageError, InputError
+from storage.errors import DamageError
+from storage.identity import CACHE_JSON, stored_identity
 from storage.manifest import ShardPlan
 from storage.snapshots import publish_snapshot, read_head, snapshot_stands, write_head
 
@@ -36,6 +39,8 @@ VIT_H = (1280, 32)
 """Width and depth that the rate above is for."""
 PICTURE_BYTES = {"jpeg": 14_000, "png": 110_000}
 """A 256x256 crop at quality 95, and lossless; measured on the real hands."""
+SOURCES_NAMED = 3
+"""Files that a line of `plan` names; `--json` names the file of every shard."""
 OUTPUT_BYTES = 2_400
 """Outputs, moved labels and view parameters of one view."""
 
@@ -54,7 +59,13 @@ def _plan_of(states: list[CacheState]) -> StagePlan:
     passes = sum(plan.n_samples * state.settings.views for state, _, plan in jobs)
     unseen: list[Reason] = ["new"] * unscanned
     counts = count_reasons([*reasons, *unseen])
-    why = Counter(f"{reason}: {name} ({state.role})" for (state, name, _), reason in zip(jobs, reasons, strict=True))
+    work = [_named(state, plan, reason) for (state, _, plan), reason in zip(jobs, reasons, strict=True)]
+    changes = [
+        change
+        for state in states
+        if any(_all_todo(state)) and not state.head.keys() & state.datasets.keys()
+        for change in cache_changes(state.root, state.role, state.identity)
+    ]
     return StagePlan(
         # A source that was never scanned counts as one shard: how many it holds is not known before.
         total=sum(len(shards.plans) for state in states for shards in state.datasets.values()) + unscanned,
@@ -65,12 +76,39 @@ def _plan_of(states: list[CacheState]) -> StagePlan:
         teacher_passes=passes,
         gpu_hours=passes / _passes_per_second(states[0]) / 3600,
         why=(
-            *(f"{line}, {count} shards" for line, count in why.items()),
+            *by_change(changes),
+            *_why(work),
             *([f"new: {unscanned} source files not scanned yet"] * bool(unscanned)),
         ),
+        work=tuple(work),
+        changes=tuple(changes),
         units=tuple(states),
         estimated=unscanned > 0,
     )
+
+
+def _named(state: CacheState, plan: ShardPlan, reason: Reason) -> dict[str, Any]:
+    """Which shard it is, for a script: its entry of `work`."""
+    return {
+        "unit": plan.input_hash,
+        "reason": reason,
+        "dataset": plan.dataset,
+        "role": state.role,
+        "source": str(state.datasets[plan.dataset].table["source"][int(plan.rows[0])]),
+        "samples": plan.n_samples,
+    }
+
+
+def _why(work: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for each reason and data set: how many shards, and which files they come from."""
+    sources: dict[str, Counter[str]] = {}
+    for shard in work:
+        line = f"{shard['reason']}: {shard['dataset']} ({shard['role']})"
+        sources.setdefault(line, Counter())[shard["source"]] += 1
+    for line, found in sources.items():
+        some = ", ".join(list(found)[:SOURCES_NAMED])
+        more = f" and {len(found) - SOURCES_NAMED} more files" if len(found) > SOURCES_NAMED else ""
+        yield f"{line}, {found.total()} shards: {some}{more}"
 
 
 def _reason(state: CacheState, plan: ShardPlan, *, known: bool) -> Reason:
@@ -86,12 +124,12 @@ def _cached_before(state: CacheState, name: str) -> bool:
 
 def _other_cache_has(state: CacheState, name: str) -> bool:
     """Whether the data set was cached under another identity: then teacher or settings changed."""
-    for path in state.root.parent.glob("*/cache.json"):
-        folder = CacheFolder(path.parent)
+    for path in state.root.parent.glob(f"*/{CACHE_JSON}"):
+        identity = stored_identity(path.parent)
         try:
-            if folder.identity["role"] == state.role and name in read_head(folder.root):
+            if identity is not None and identity.get("role") == state.role and name in read_head(path.parent):
                 return True
-        except (DamageError, InputError):
+        except DamageError:
             continue
     return False
 

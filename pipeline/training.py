@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.caches import CacheState, cache_state
+from pipeline.changes import by_change, student_changes
 from pipeline.digests import digest_of
 from pipeline.events import EventTail, append_event
 from pipeline.experiment import Experiment
@@ -111,6 +112,12 @@ def plan_train(experiment: Experiment) -> StagePlan:
     states = student_states(experiment, cache_state(experiment, "train"))
     todo = [state for state in states if not state.done]
     reasons: list[Reason] = ["changed" if state.trained_before else "new" for state in todo]
+    changes = [
+        change
+        for state in todo
+        if state.identity is not None
+        for change in student_changes(experiment, state.name, state.label, state.parent, state.identity)
+    ]
     why = [
         f"{reason}: {state.label}" + (" (its caches are not up to date)" if state.identity is None else "")
         for reason, state in zip(reasons, todo, strict=True)
@@ -120,7 +127,9 @@ def plan_train(experiment: Experiment) -> StagePlan:
         todo=len(todo),
         unit="students",
         reasons=count_reasons(reasons),
-        why=tuple(why),
+        why=(*by_change(changes), *why),
+        work=tuple({"unit": state.label, "reason": reason} for reason, state in zip(reasons, todo, strict=True)),
+        changes=tuple(changes),
         units=tuple(todo),
         estimated=any(state.identity is None for state in todo),
     )

@@ -31,6 +31,15 @@ def cache_document(identity: Mapping[str, Any], attachments: Mapping[str, bytes]
     }
 
 
+def stored_identity(root: Path) -> dict[str, Any] | None:
+    """The identity of a cache of any version of the format, to compare with; None where it is not there or damaged."""
+    try:
+        identity: dict[str, Any] = read_sealed_json(root / CACHE_JSON)["identity"]
+    except (OSError, DamageError):
+        return None
+    return identity
+
+
 def read_description(root: Path) -> dict[str, Any]:
     """cache.json of a cache folder, checked; InputError when it is no cache or of another version of the format."""
     path = root / CACHE_JSON
