@@ -98,8 +98,15 @@ def build_parser() -> argparse.ArgumentParser:
             "--limit", type=int, metavar="N", help="a smoke run of its own on the first N samples of each set"
         )
     verb("status", _status, "per stage: done, quarantined, stale, last error")
-    show = verb("show", _show, "an output: arrays, dimensions, dtypes, units, provenance")
-    show.add_argument("what", metavar="STAGE|PATH")
+    show = verb("show", _show, "an output: arrays, dimensions, dtypes, units, provenance; or one cached sample")
+    show.add_argument("what", metavar="STAGE|PATH|SAMPLE_ID")
+    show.add_argument("--view", type=int, metavar="N", help="of a sample: only this view")
+    show.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="of a sample: a PNG of its views, stored and made again, with joints",
+    )
     verify = verb("verify", _verify, "re-read every shard; re-run the teacher and remake the views of some rows")
     verify.add_argument("--no-teacher", action="store_true", help="do not run the teacher again")
     verify.add_argument("--no-sources", action="store_true", help="do not read the sources, nor make views from them")
@@ -165,10 +172,24 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from pipeline.showing import show, show_text
+    from pipeline.showing import is_sample_id, show, show_text
 
+    if is_sample_id(arguments.what):
+        return _show_sample(arguments)
+    if arguments.view is not None or arguments.picture is not None:
+        raise InputError(f"show {arguments.what}: --view and --picture are for samples (<data set>:<key>#<hand>)")
     document = show(arguments.config, arguments.what)
     _answer(arguments, document, lambda: show_text(document))
+    return 0
+
+
+def _show_sample(arguments: argparse.Namespace) -> int:
+    from pipeline.experiment import open_experiment
+    from pipeline.showing_sample import sample_text, show_sample
+
+    experiment = open_experiment(arguments.config)
+    document = show_sample(experiment, arguments.what, view=arguments.view, picture=arguments.picture)
+    _answer(arguments, document, lambda: sample_text(document))
     return 0
 
 

@@ -16,6 +16,11 @@ from storage.errors import DamageError, InputError
 from storage.snapshots import read_head, read_info, snapshot_path
 
 
+def is_sample_id(what: str) -> bool:
+    """Whether a sample is meant (`<data set>:<key>#<hand>`), and not a file of such a name."""
+    return ":" in what and "#" in what and not Path(what).exists()
+
+
 def show(config: Path, what: str) -> dict[str, Any]:
     """What stands at a path, or in the places that a stage writes to.
 
@@ -33,7 +38,7 @@ def show(config: Path, what: str) -> dict[str, Any]:
         "compare": lambda work: work.report,
     }
     if what not in places:
-        raise InputError(f"show: found {what!r}; want a path that exists, or one of {', '.join(places)}")
+        raise InputError(f"show: found {what!r}; want a path that exists, a sample's id, or one of {', '.join(places)}")
     experiment: Experiment = open_experiment(config)
     folder = places[what](experiment.workdir)
     if not folder.is_dir():

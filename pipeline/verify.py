@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from pipeline.workdir import lease
 from storage.errors import InputError
 from storage.ledger import ShardRecord
 from storage.reading import CacheReader, open_cache
+from storage.snapshots import read_head
 from storage.verification import Damage, verify_folder, verify_joins, verify_shard
 
 TOLERANCE = {"float16": 2e-3, "int8": 2e-2}
@@ -124,10 +124,9 @@ def _look_at_sources(experiment: Experiment, replays: Replays) -> None:
 
 
 def _replay(experiment: Experiment, states: list[CacheState], replays: Replays) -> None:
-    for state in states:
-        reader = open_cache(state.root)
+    for state, reader in _readers(states):
         chosen = _choose(reader, state.fingerprint)
-        with StageProgress("replay", len(chosen), "rows") as progress:
+        with StageProgress("made again", len(chosen), "rows") as progress:
             for outcome in replay(experiment, state, reader, chosen, progress.advance):
                 replays.add(outcome)
 
@@ -142,12 +141,12 @@ def _recheck(experiment: Experiment, states: list[CacheState]) -> tuple[int, flo
     precision = resolved_precision(experiment)
     forward = teacher_forward(load_teacher(checkpoint, hand_model_source(experiment), device, precision), device)
     rows, worst, wrong = 0, 0.0, []
-    for state in states:
-        reader = open_cache(state.root)
+    for state, reader in _readers(states):
         chosen = _choose(reader, state.fingerprint)
         tolerance = TOLERANCE_BF16 if precision == "bf16" else TOLERANCE[state.settings.features.encoding]
-        with StageProgress("verify", len(chosen), "rows") if chosen else nullcontext():
+        with StageProgress("teacher again", len(chosen), "rows") as progress:
             for check in recheck_rows(reader, chosen, forward):
+                progress.advance()
                 rows, worst = rows + 1, max(worst, check.max_rel_error)
                 if check.max_rel_error > tolerance:
                     shard = reader.shard_path(reader.position(check.sample_id))
@@ -156,6 +155,11 @@ def _recheck(experiment: Experiment, states: list[CacheState]) -> tuple[int, flo
                         f"{check.max_rel_error:.3g} away from the stored one, {tolerance:g} is allowed. {REMEDY}"
                     )
     return rows, worst, wrong
+
+
+def _readers(states: list[CacheState]) -> Iterator[tuple[CacheState, CacheReader]]:
+    """The caches that some run has finished; of the others only the shards can be looked at."""
+    return ((state, open_cache(state.root)) for state in states if read_head(state.root))
 
 
 def _choose(reader: CacheReader, seed: str) -> list[int]:
@@ -194,8 +198,8 @@ def _about_sources(document: Mapping[str, Any]) -> list[str]:
     if document["rows_replayed"]:
         lines.append(
             f"{document['pictures_replayed']} pictures of {document['rows_replayed']} rows made again from their "
-            f"sources: {document['pictures_identical']} the same to the bit (values differ by "
-            f"{document['max_pixel_difference']} levels at most), labels within {document['max_label_difference']:.2g}"
+            f"sources: {document['pictures_identical']} the same to the bit, pixels within "
+            f"{document['max_pixel_difference']} levels of 255, labels within {document['max_label_difference']:.2g}"
         )
     if document["sources_missing"]:
         lines.append(f"{document['sources_missing']} source files are not there, which the cache does not need")

@@ -7,9 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.cli import build_parser
+from pipeline.showing_sample import SHOWN_PX
+from storage.reading import open_cache
+from storage.snapshots import read_head
 from tests.pipeline.commands import as_json, handstill
 from tests.pipeline.lab import Lab, tree, work_of
 from tests.tiny_experiment import events_of
@@ -20,7 +25,7 @@ VERBS = {
     "plan": {"STAGE?", "--rehash", "--limit"},
     "run": {"STAGE?", "--rehash", "--limit"},
     "status": set(),
-    "show": {"STAGE|PATH"},
+    "show": {"STAGE|PATH|SAMPLE_ID", "--view", "--picture"},
     "verify": {"--no-teacher", "--no-sources"},
     "compare": set(),
     "clean": {"--stale", "--yes"},
@@ -215,6 +220,54 @@ def test_show(lab: Lab) -> None:
     answer = handstill("show", "bogus", "-c", lab.config)
     assert answer.code == 2
     assert "'bogus'" in answer.err
+
+
+def test_show_a_sample(lab: Lab, tmp_path: Path) -> None:
+    """Its views as stored beside the same made again, for scripts, for a person, and as a picture."""
+    cache = next(path for path in lab.workdir.glob("cache/*") if "alpha" in read_head(path))
+    reader = open_cache(cache)
+    sample_id = reader.ids[3]
+    document = as_json(lab.config, "show", sample_id, "--picture", tmp_path / "views.png")
+    (found,) = document["caches"]
+    assert (found["role"], found["row"], found["made_again"], found["reason"]) == ("train", 1, "yes", None)
+    assert (cache / "shards" / f"{found['shard']}.zarr").is_dir()
+    sample = reader[sample_id]
+    assert [view["rotation_deg"] for view in found["views"]] == sample["views/rotation_deg"].tolist()
+    assert [view["colour"] for view in found["views"]] == sample["views/colour"].tolist()
+    assert all(view["remade"]["identical_picture"] for view in found["views"])
+    assert [view["remade"]["differences"] for view in found["views"]] == [[], []]
+    with Image.open(tmp_path / "views.png") as page:
+        assert page.size == (2 * SHOWN_PX, 2 * SHOWN_PX)
+        pixels = np.asarray(page)
+    for view, half in enumerate((pixels[:SHOWN_PX], pixels[SHOWN_PX:])):
+        left, right = half[:, :SHOWN_PX], half[:, SHOWN_PX:]
+        assert np.array_equal(left, right), "stored and made again look the same"
+        plain = Image.fromarray(sample["pictures"][view]).resize((SHOWN_PX, SHOWN_PX))
+        assert 0.5 < (left == np.asarray(plain)).mean() < 1, "joints are drawn over the picture"
+    text = handstill("show", sample_id, "-c", lab.config, "--view", "1").out
+    assert text.count("the same to the bit") == 1
+    shutil.rmtree(lab.folder / "tars")
+    (found,) = as_json(lab.config, "show", sample_id, "--view", "0", "--picture", tmp_path / "one.png")["caches"]
+    assert (found["made_again"], [view["remade"] for view in found["views"]]) == ("no: its source is not there", [None])
+    with Image.open(tmp_path / "one.png") as page:
+        assert page.size == (2 * SHOWN_PX, SHOWN_PX)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["alpha:nobody#0"], "alpha:nobody#0 is in no current snapshot"),
+        (["{}", "--view", "2"], "want one of 0 to 1"),
+        (["{}", "--picture", "{folder}/nowhere/x.png"], "cannot write"),
+        (["teach", "--view", "1"], "--view and --picture are for samples"),
+    ],
+)
+def test_show_says_what_is_wrong_with_a_sample(lab: Lab, arguments: list[str], told: str) -> None:
+    cache = next(path for path in lab.workdir.glob("cache/*") if "alpha" in read_head(path))
+    filled = [item.format(open_cache(cache).ids[0], folder=lab.folder) for item in arguments]
+    answer = handstill("show", *filled, "-c", lab.config)
+    assert answer.code == 2
+    assert told in answer.err
 
 
 def test_compare(lab: Lab) -> None:

@@ -1,4 +1,4 @@
-"""Whatever file of a cache is harmed: `verify` names it, `run` makes only what it belongs to again, to the same bytes."""
+"""Whatever file of a cache is harmed: `verify` names it, `run` makes what it belongs to again, and nothing else."""
 
 from __future__ import annotations
 

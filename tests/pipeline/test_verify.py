@@ -72,7 +72,23 @@ def test_a_person_reads_how_long_it_took_and_what_was_held_together(lab: Lab) ->
         in answer.out
     )
     assert "verify: 6/6 shards" in answer.err
-    assert "replay: 12/12 rows" in answer.err
+    assert "teacher again: 12/12 rows" in answer.err
+    assert "made again: 12/12 rows" in answer.err
+    assert "verify: 4/4 source files" in answer.err
+
+
+def test_a_cache_that_no_run_has_finished_is_read_as_far_as_it_goes(lab: Lab) -> None:
+    cache = lab.shards("val")[0].parent.parent
+    (cache / "HEAD.json").unlink()
+    shutil.rmtree(cache / "snapshots")
+    (cache / "snapshots").mkdir()
+    document = as_json(lab.config, "verify")
+    assert (document["ok"], document["shards"], document["rows_rechecked"], document["rows_replayed"]) == (
+        True,
+        8,
+        ROWS - 4,
+        ROWS - 4,
+    )
 
 
 def test_answers_of_another_teacher_are_found(lab: Lab) -> None:
