@@ -9,17 +9,27 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-Floats = NDArray[np.float64]
-Mask = NDArray[np.bool_]
+from models.alignment import Floats, Mask, align, checked_points
+
+__all__ = [
+    "align",
+    "align_scale_translation",
+    "auc",
+    "auc_of_errors",
+    "f_score",
+    "f_scores",
+    "mpjpe_mm",
+    "pa_mpjpe_mm",
+    "pa_mpvpe_mm",
+    "pck",
+    "pck_of_errors",
+]
 
 _MM = 1000.0
 AUC_MAX_M = 0.05
 AUC_STEPS = 100
-_NORM_FLOOR = 1e-8
-"""Added to both norms by the official align_w_scale; visible in the sixth digit of predictions shrunk 1e4 times."""
 
 
 def mpjpe_mm(pred: Floats, true: Floats, valid: Mask | None = None, root: int | None = None) -> Floats:
@@ -27,7 +37,7 @@ def mpjpe_mm(pred: Floats, true: Floats, valid: Mask | None = None, root: int | 
 
     pred, true (N,K,3) metres; valid (N,K): which points count (all). Returns (N,), NaN where a sample has no point.
     """
-    pred, true, weights = _checked(pred, true, valid)
+    pred, true, weights = checked_points(pred, true, valid)
     if root is not None:
         pred, true = pred - pred[:, root : root + 1], true - true[:, root : root + 1]
     return _MM * _mean(np.linalg.norm(pred - true, axis=-1), weights)
@@ -43,25 +53,9 @@ def pa_mpvpe_mm(pred: Floats, true: Floats, reflection: bool = True) -> Floats:
     return pa_mpjpe_mm(pred, true, reflection=reflection)
 
 
-def align(pred: Floats, true: Floats, valid: Mask | None = None, reflection: bool = True) -> Floats:
-    """`pred` moved, turned and scaled on to `true`, each sample by itself: (N,K,3).
-
-    reflection=True is the official scripts' orthogonal Procrustes, which may mirror the hand (a mirrored cloud gets
-    error 0); False keeps det = +1 as HaMeR's own evaluator does. Points that are not `valid` do not pull, but move.
-    """
-    pred, true, weights = _checked(pred, true, valid)
-    w_NK1 = weights[..., None]
-    count = np.maximum(w_NK1.sum(1, keepdims=True), 1)
-    mean_pred, mean_true = (pred * w_NK1).sum(1, keepdims=True) / count, (true * w_NK1).sum(1, keepdims=True) / count
-    unit_pred, size_pred = _unit((pred - mean_pred) * w_NK1)
-    unit_true, size_true = _unit((true - mean_true) * w_NK1)
-    rotation, scale = _procrustes(unit_pred, unit_true, reflection)
-    return np.asarray((pred - mean_pred) / size_pred @ rotation * scale * size_true + mean_true)
-
-
 def align_scale_translation(pred: Floats, true: Floats) -> Floats:
     """HO-3D's third alignment: wrists together, and the length of joint 4 from joint 0 made equal. (N,21,3)."""
-    pred, true, _ = _checked(pred, true, None)
+    pred, true, _ = checked_points(pred, true, None)
     length_pred, length_true = (np.linalg.norm(p[:, 4] - p[:, 0], axis=-1)[:, None, None] for p in (pred, true))
     scaled = pred * np.divide(length_true, length_pred, out=np.copy(length_true), where=length_pred > 0)
     return np.asarray(scaled - scaled[:, :1] + true[:, :1])
@@ -72,7 +66,7 @@ def auc(pred: Floats, true: Floats, valid: Mask | None = None) -> float:
 
     (N,K,3) metres, taken as they are: `align` them before for the aligned number. Points never valid are left out.
     """
-    pred, true, weights = _checked(pred, true, valid)
+    pred, true, weights = checked_points(pred, true, valid)
     return auc_of_errors(np.linalg.norm(pred - true, axis=-1), weights > 0)
 
 
@@ -117,7 +111,7 @@ def pck(pred_px: Floats, true_px: Floats, valid: Mask, size_px: Floats, threshol
     pred_px, true_px (N,K,2) pixels; valid (N,K); size_px (N,): the longer side of the annotated box. HaMeR returns
     NaN when some joint is never valid; here such a joint is left out, and NaN means that no joint ever was.
     """
-    pred_px, true_px, weights = _checked(pred_px, true_px, valid)
+    pred_px, true_px, weights = checked_points(pred_px, true_px, valid)
     shares = np.linalg.norm(pred_px - true_px, axis=-1) / np.asarray(size_px, dtype=np.float64)[:, None]
     return pck_of_errors(shares, weights > 0, threshold)
 
@@ -129,35 +123,6 @@ def pck_of_errors(shares: Floats, valid: Mask, threshold: float) -> float:
     return float(by_joint.mean()) if by_joint.size else float("nan")
 
 
-def _checked(pred: Floats, true: Floats, valid: Mask | None) -> tuple[Floats, Floats, Floats]:
-    """Both as float64 and the valid mask as weights; refuses what would give a wrong or silent NaN error."""
-    pred, true = np.asarray(pred, dtype=np.float64), np.asarray(true, dtype=np.float64)
-    if pred.shape != true.shape or pred.ndim != 3:
-        raise ValueError(f"found points of shape {pred.shape} and {true.shape}; wanted two alike, (N,K,coordinates)")
-    weights = np.ones(pred.shape[:2]) if valid is None else np.asarray(valid, dtype=np.float64)
-    if weights.shape != pred.shape[:2]:
-        raise ValueError(f"found a mask of shape {weights.shape} for points of shape {pred.shape}")
-    bad = ~(np.isfinite(pred).all((1, 2)) & np.isfinite(true).all((1, 2)))
-    if np.any(bad):
-        raise ValueError(f"sample {int(np.argmax(bad))} of {len(pred)} has a coordinate that is not finite")
-    return pred, true, weights
-
-
 def _mean(values: Floats, weights: Floats) -> Floats:
     total = weights.sum(1)
     return np.asarray(np.divide((values * weights).sum(1), total, out=np.full(len(total), np.nan), where=total > 0))
-
-
-def _unit(centred: Floats) -> tuple[Floats, Floats]:
-    size = np.linalg.norm(centred, axis=(1, 2), keepdims=True) + _NORM_FLOOR
-    return centred / size, size
-
-
-def _procrustes(pred: Floats, true: Floats, reflection: bool) -> tuple[Floats, Floats]:
-    """R (N,3,3) and s (N,1,1) that make pred @ R * s nearest to true; both of unit norm."""
-    u, stretch, vt = np.linalg.svd(pred.transpose(0, 2, 1) @ true)
-    if not reflection:
-        sign = np.where(np.linalg.det(u @ vt) < 0, -1.0, 1.0)
-        u[:, :, 2] *= sign[:, None]
-        stretch[:, 2] *= sign
-    return u @ vt, stretch.sum(1)[:, None, None]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-BONES = tuple((0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, 21))
-"""Pairs of joints in OpenPose order: wrist to each finger's base, then along the finger."""
+from models.drawing import draw_hand
 
 _TRUE, _PRED = (40, 220, 90), (255, 60, 60)
 _SHOWN_PX = 192
@@ -40,13 +38,5 @@ def _tile(picture: NDArray[np.uint8], true: NDArray[Any], pred: NDArray[Any], sh
     tile = Image.fromarray(picture).resize((shown_px, shown_px))
     draw = ImageDraw.Draw(tile)
     for points, colour in ((true, _TRUE), (pred, _PRED)):
-        xy = ((np.asarray(points)[:, :2] + 0.5) * shown_px).tolist()
-        for a, b in BONES:
-            draw.line([_inside(xy[a], shown_px), _inside(xy[b], shown_px)], fill=colour, width=2)
+        draw_hand(draw, (np.asarray(points)[:, :2] + 0.5) * shown_px, colour)
     return tile
-
-
-def _inside(point: Sequence[float], shown_px: int) -> tuple[float, float]:
-    """A wild prediction must not make Pillow draw a line of a million pixels."""
-    x, y = (float(np.clip(v, -shown_px, 2 * shown_px)) for v in point)
-    return x, y
