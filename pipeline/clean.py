@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.auditing import audited_snapshots
 from pipeline.caches import CacheState, cache_state
 from pipeline.evaluating import evaluation_states
 from pipeline.experiment import Experiment
@@ -39,6 +40,7 @@ def clean(experiment: Experiment, *, delete: bool) -> dict[str, Any]:
         *_stale_shards(states),
         *_stale_students(experiment, students),
         *_stale_evaluations(experiment),
+        *_stale_audits(experiment, states),
     ]
     sizes = {str(path): bytes_below(path) for path in stale}
     if delete:
@@ -84,6 +86,15 @@ def _stale_evaluations(experiment: Experiment) -> Iterator[Path]:
         return  # a student is not trained yet: which of its scores are stale is not known
     kept = {state.folder for state in states}
     yield from (path for path in sorted(experiment.workdir.evaluations.glob("*/*")) if path not in kept)
+
+
+def _stale_audits(experiment: Experiment, states: list[CacheState]) -> Iterator[Path]:
+    """Audits of other snapshots than the current ones; what a cache was compared with may be older."""
+    current = {str(state.root): state.digests for state in states}
+    for path in sorted(experiment.workdir.audits.glob("*")):
+        audited = audited_snapshots(path)
+        if any(current.get(root, {}).get(name) != digest for root, found in audited for name, digest in found.items()):
+            yield path
 
 
 def _delete(path: Path) -> None:

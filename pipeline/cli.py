@@ -110,6 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
     verify = verb("verify", _verify, "re-read every shard; re-run the teacher and remake the views of some rows")
     verify.add_argument("--no-teacher", action="store_true", help="do not run the teacher again")
     verify.add_argument("--no-sources", action="store_true", help="do not read the sources, nor make views from them")
+    audit = verb("audit", _audit, "statistics over whole caches: odd features, impossible outputs, labels to look at")
+    audit.add_argument("--against", metavar="FOLDER|FINGERPRINT", help="another cache, to see what drifted")
+    audit.add_argument(
+        "--on", choices=("local", "ray"), help="Dask in this process, or on Ray (default: as the cluster)"
+    )
     verb("compare", _compare, "the students side by side, from MLflow")
     clean = verb("clean", _clean, "list outputs that no plan refers to")
     clean.add_argument("--stale", action="store_true", required=True)
@@ -200,6 +205,15 @@ def _verify(arguments: argparse.Namespace) -> int:
     experiment = open_experiment(arguments.config)
     document = verify(experiment, with_teacher=not arguments.no_teacher, with_sources=not arguments.no_sources)
     _answer(arguments, document, lambda: verify_text(document))
+    return 0 if document["ok"] else 1
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from pipeline.auditing import audit, audit_text
+    from pipeline.experiment import open_experiment
+
+    document = audit(open_experiment(arguments.config), against=arguments.against, on=arguments.on)
+    _answer(arguments, document, lambda: audit_text(document))
     return 0 if document["ok"] else 1
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from stages.config import DatasetConfig, SynthesiseConfig, TeacherConfig
+from stages.config import AuditConfig, DatasetConfig, SynthesiseConfig, TeacherConfig
 from storage.config import CacheConfig, Section
 from trainer.config import CompareConfig, DistillConfig, EvaluateConfig, StudentConfig, TrainConfig, grid_problem
 
@@ -51,6 +51,7 @@ class PipelineConfig(Section):
     datasets: dict[Name, DatasetConfig]
     teacher: TeacherConfig
     cache: CacheConfig = CacheConfig()
+    audit: AuditConfig = AuditConfig()
     train: TrainConfig
     students: dict[Name, StudentConfig]
     evaluate: EvaluateConfig

@@ -58,6 +58,11 @@ class Workdir:
         return self.root / "report"
 
     @property
+    def audits(self) -> Path:
+        """One folder an audit, named by what was audited."""
+        return self.root / "audit"
+
+    @property
     def state(self) -> Path:
         """What may be lost without harm: digests remembered by size and time."""
         return self.root / "state"
@@ -136,7 +141,7 @@ def sweep_leftovers(workdir: Workdir) -> None:
     for folder in (workdir.root, workdir.state, workdir.report):
         if folder.is_dir():
             sweep_partial(folder)
-    for tree in (workdir.manifests, workdir.students, workdir.evaluations):
+    for tree in (workdir.manifests, workdir.students, workdir.evaluations, workdir.audits):
         for path in [path for path in tree.rglob(".*.partial") if is_partial(path)]:
             if path.exists():  # not one within another
                 remove_tree(path)

@@ -138,12 +138,20 @@ def _claimed(function: Callable[[Unit], Any], claim: Claim) -> Callable[[Unit], 
 
 
 def get(reference: Any) -> Any:
-    """A result, with our own errors raised as themselves and a dead worker explained."""
+    """A result, with errors as `errors_as_ours` raises them."""
     import ray
+
+    with errors_as_ours():
+        return ray.get(reference)
+
+
+@contextmanager
+def errors_as_ours() -> Iterator[None]:
+    """Our own errors raised as themselves, whatever worker they come from, and a dead worker explained."""
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        return ray.get(reference)
+        yield
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, OUR_ERRORS):

@@ -1,4 +1,4 @@
-"""The sections of pipeline.yaml that the offline stages read: `datasets`, `teacher`, `synthesise`."""
+"""The sections of pipeline.yaml that the offline stages read: `datasets`, `teacher`, `synthesise`, `audit`."""
 
 from __future__ import annotations
 
@@ -123,3 +123,13 @@ class SynthesiseConfig(Section):
         if not sets:
             raise ValueError("names no data set; name at least one, or leave the synthesise section out")
         return sets
+
+
+class AuditConfig(Section):
+    """How `handstill audit` reads caches, and how much it lists."""
+
+    memory_gib: float = Field(default=2.0, gt=0)
+    """What it may take of a machine's memory, Python and its libraries included. It decides how many shards are read at
+    a time and nothing of the result."""
+    worst: int = Field(default=100, ge=1)
+    """How many of the samples on which teacher and labels disagree most are listed, for each measure."""

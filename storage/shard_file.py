@@ -31,6 +31,7 @@ class ShardFile:
         self._record = record
         self.entries = tuple(entry.path for entry in layout.ENTRIES if self._has(entry.path))
         self._metadata = {name: self._read_metadata(name) for name in self.entries}
+        self._maps: list[mmap.mmap] = []
         self._features = self._map_features()
         self._features_checked = np.zeros(self._metadata[layout.FEATURES].n_records, dtype=np.bool_)
         self._pictures = self._map(layout.PICTURE_BYTES)
@@ -84,7 +85,8 @@ class ShardFile:
         name = f"{array}/{self._metadata[array].chunk_name}"
         try:
             with (self.path / name).open("rb") as file:
-                mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                mapped = np.frombuffer(self._maps[-1], np.uint8)
         except OSError as error:
             raise self._unreadable(name, error) from error
         except ValueError as error:  # an empty file
@@ -132,6 +134,14 @@ class ShardFile:
         """Decode the features (h,w,c) of one view into `out`."""
         scale = self.small.get(layout.FEATURES_SCALE)
         decode_features(self.stored_features(row, view), None if scale is None else scale[row, view], out)
+
+    def forget_pages(self) -> None:
+        """Give back the memory of what was read through the maps; what is wanted again is read from the file again.
+
+        For whoever reads a shard once from end to end: a process keeps what it touched of a map until the map is gone.
+        """
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def picture_bytes(self, row: int, view: int) -> bytes:
         """One encoded picture."""

@@ -47,11 +47,13 @@ def write_tiny_cache(
     truth_vertices: int = 0,
     quarantined: int = 0,
     role: str = "train",
+    alike: bool = False,
 ) -> Path:
     """Write a cache of `n` samples under `parent`; returns its folder, to be given to `open_cache`.
 
     truth_vertices: > 0 gives 3D truth with meshes of that many vertices. quarantined: that many more samples, left out
-    of the shards by the teacher. Writing another data set with the same other arguments adds it to the same folder.
+    of the shards by the teacher. alike: every sample of a shard has the arrays of its first, for caches that have to
+    be big. Writing another data set with the same other arguments adds it to the same folder.
     """
     features = {"grid": grid, "encoding": encoding, "teacher_shape": [16, 12, channels]}
     folder = CacheFolder.create(parent, {"kind": "tiny", "role": role, "views": views, "features": features})
@@ -63,7 +65,17 @@ def write_tiny_cache(
         plan = TinyPlan(sha256_bytes(repr((seed, [ids[row] for row in rows])).encode()), rows)
         header = ShardHeader(plan.input_hash, dataset, role, len(rows), (), {"device": "cpu"})
         records[plan.input_hash] = _write_shard(
-            folder, header, [ids[row] for row in rows], bad, seed, views, grid, encoding, channels, truth_vertices
+            folder,
+            header,
+            [ids[row] for row in rows],
+            bad,
+            seed,
+            views,
+            grid,
+            encoding,
+            channels,
+            truth_vertices,
+            alike,
         )
         plans.append(plan)
     table = build_snapshot(_manifest(dataset, ids), plans, records)
@@ -97,19 +109,22 @@ def _write_shard(
     encoding: FeatureEncoding,
     channels: int,
     truth_vertices: int,
+    alike: bool,
 ) -> ShardRecord:
     final = folder.shard_path(header.input_hash)
     partial = partial_path(final)
     left_out = tuple(Quarantined(name, "undecodable: made so by the test") for name in ids if name in bad)
     with ShardWriter(partial) as writer:
-        for name in ids:
+        for place, name in enumerate(ids):
             if name in bad:
                 continue
-            rng = np.random.default_rng([seed, *name.encode()])
-            values = hand(rng, views) | teacher(rng, views, grid, encoding, channels)
-            if truth_vertices:
-                values |= truth(rng, truth_vertices)
-            writer.append(name, values, [encode_picture(picture(rng), "jpeg", 95) for _ in range(views)])
+            if place == 0 or not alike:
+                rng = np.random.default_rng([seed, *name.encode()])
+                values = hand(rng, views) | teacher(rng, views, grid, encoding, channels)
+                if truth_vertices:
+                    values |= truth(rng, truth_vertices)
+                pictures = [encode_picture(picture(rng), "jpeg", 95) for _ in range(views)]
+            writer.append(name, values, pictures)
         header = ShardHeader(
             header.input_hash, header.dataset, header.role, header.samples_in, left_out, header.provenance
         )

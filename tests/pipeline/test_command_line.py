@@ -27,6 +27,7 @@ VERBS = {
     "status": set(),
     "show": {"STAGE|PATH|SAMPLE_ID", "--view", "--picture"},
     "verify": {"--no-teacher", "--no-sources"},
+    "audit": {"--against", "--on"},
     "compare": set(),
     "clean": {"--stale", "--yes"},
 }

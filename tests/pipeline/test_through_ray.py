@@ -10,8 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.auditing import computed_on_ray
+from pipeline.config import ClusterConfig
+from pipeline.workers import ray_session
+from stages.audit import AuditedCache, computed_by_threads, shard_jobs, tally_of
+from stages.audit_document import statistics
 from storage.cache import CacheFolder
+from storage.errors import DamageError
 from storage.reading import open_cache
+from storage.snapshots import read_head
+from tests.tiny_cache import write_tiny_cache
 from tests.tiny_experiment import make_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +63,22 @@ def test_the_caches_are_those_of_a_single_process(
                     assert value == other
                 else:
                     torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(other), rtol=1e-5, atol=1e-5)
+
+
+def test_dask_on_ray_audits_to_the_same_digits_and_the_same_errors(tmp_path: Path) -> None:
+    root = write_tiny_cache(tmp_path, n=22, samples_per_shard=2, encoding="float16")
+    jobs = shard_jobs(AuditedCache("train", root, read_head(root)), worst=3)["tiny"]
+    by_threads = tally_of(jobs, computed_by_threads(2))
+    victim = next(root.glob("shards/*/teacher/features/c.*"))
+    with ray_session(ClusterConfig()):
+        on_ray = tally_of(jobs, computed_on_ray(0.5))
+        victim.write_bytes(bytes(8) + victim.read_bytes()[8:])
+        with pytest.raises(DamageError, match="crc32c of row 0") as caught:
+            tally_of(jobs, computed_on_ray(0.5))
+    assert "Traceback" not in str(caught.value)
+    assert statistics(on_ray) == statistics(by_threads)
+    assert on_ray.features.squares.tobytes() == by_threads.features.squares.tobytes()
+    assert on_ray.worst == by_threads.worst
 
 
 @pytest.mark.slow  # another start of Ray; the default suite has the same mistake without
