@@ -53,57 +53,59 @@ class AuditedCache:
         return CacheFolder(self.root).identity
 
     @cached_property
-    def samples(self) -> dict[str, pa.Table]:
-        """By data set the cached samples: sample_id, shard, row."""
-        return {name: _cached(snapshot_path(self.root, digest)) for name, digest in self.snapshots.items()}
+    def shards(self) -> dict[str, dict[str, int]]:
+        """By data set its shards, in the snapshot's order, with how many samples of the snapshot each holds."""
+        found = {}
+        for dataset in self.snapshots:
+            places = self.samples(dataset, "shard").group_by("shard", use_threads=False).aggregate([([], "count_all")])
+            found[dataset] = dict(zip(places["shard"].to_pylist(), places["count_all"].to_pylist(), strict=True))
+        return found
+
+    def samples(self, dataset: str, *columns: str) -> pa.Table:
+        """The cached samples of a data set: these columns of the snapshot."""
+        table = read_snapshot(snapshot_path(self.root, self.snapshots[dataset]), columns)
+        return table.filter(pc.is_valid(table["shard"]))
 
     @cached_property
     def shard_bytes(self) -> dict[str, dict[str, int]]:
         """By shard: `small` and `features`, what reading them without pictures takes."""
         found = {}
-        for table in self.samples.values():
-            for shard in table["shard"].unique().to_pylist():
-                files = read_record(CacheFolder(self.root).record_path(shard)).files
-                sizes = {
-                    part: sum(digest.bytes for name, digest in files.items() if name.startswith(f"{part}/"))
-                    for part in (layout.FEATURES, layout.PICTURE_BYTES)
-                }
-                total = sum(digest.bytes for digest in files.values())
-                found[shard] = {"small": total - sum(sizes.values()), "features": sizes[layout.FEATURES]}
+        for shard in (shard for shards in self.shards.values() for shard in shards):
+            files = read_record(CacheFolder(self.root).record_path(shard)).files
+            sizes = {
+                part: sum(digest.bytes for name, digest in files.items() if name.startswith(f"{part}/"))
+                for part in (layout.FEATURES, layout.PICTURE_BYTES)
+            }
+            total = sum(digest.bytes for digest in files.values())
+            found[shard] = {"small": total - sum(sizes.values()), "features": sizes[layout.FEATURES]}
         return found
 
 
-def _cached(path: Path) -> pa.Table:
-    table = read_snapshot(path).select(["sample_id", "shard", "row"])
-    return table.filter(pc.is_valid(table["row"]))
-
-
 def shard_jobs(cache: AuditedCache, worst: int, other: AuditedCache | None = None) -> dict[str, list[ShardJob]]:
-    """By data set, a partition for each shard in the snapshot's order; data sets without a cached sample are left out.
+    """By data set, a partition for each shard; data sets without a cached sample are left out.
 
     other: a cache whose answers to the same samples are compared.
     """
     jobs = {}
-    for dataset, table in cache.samples.items():
-        matches = _counterparts(table, other.root, other.samples[dataset]) if other and dataset in other.samples else {}
-        counted = table.group_by("shard", use_threads=False).aggregate([([], "count_all")])
-        found = [
-            ShardJob(cache.root, shard, dataset, rows, worst, matches.get(shard, ()))
-            for shard, rows in zip(counted["shard"].to_pylist(), counted["count_all"].to_pylist(), strict=True)
-        ]
-        if found:
-            jobs[dataset] = found
+    for dataset, shards in cache.shards.items():
+        matches = _counterparts(cache, other, dataset) if other and dataset in other.snapshots else {}
+        if shards:
+            jobs[dataset] = [
+                ShardJob(cache.root, shard, dataset, rows, worst, matches.get(shard, ()))
+                for shard, rows in shards.items()
+            ]
     return jobs
 
 
-def _counterparts(ours: pa.Table, root: Path, theirs: pa.Table) -> dict[str, tuple[Counterpart, ...]]:
-    """By shard of ours, where the same samples stand in the other cache."""
+def _counterparts(cache: AuditedCache, other: AuditedCache, dataset: str) -> dict[str, tuple[Counterpart, ...]]:
+    """By shard of the cache, where the same samples stand in the other one."""
+    ours, theirs = (each.samples(dataset, "sample_id", "shard", "row") for each in (cache, other))
     both = ours.join(theirs, "sample_id", join_type="inner", right_suffix="_there", use_threads=False)
     both = both.sort_by([("shard", "ascending"), ("shard_there", "ascending"), ("row", "ascending")])
     found: dict[str, list[Counterpart]] = {}
     for shard, there, rows in _runs(both):
         ours_at, theirs_at = rows["row"].to_pylist(), rows["row_there"].to_pylist()
-        found.setdefault(shard, []).append(Counterpart(root, there, tuple(theirs_at), tuple(ours_at)))
+        found.setdefault(shard, []).append(Counterpart(other.root, there, tuple(theirs_at), tuple(ours_at)))
     return {shard: tuple(parts) for shard, parts in found.items()}
 
 
