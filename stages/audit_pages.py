@@ -95,7 +95,7 @@ def _tables(cache: Document) -> list[str]:
     stats = shown(cache["datasets"])
     first = next(iter(stats.values()))
     lines = _table(
-        ["data set", "samples", "views", "channels", "std (median)", "|max|", "dead", "exploding", "not finite"],
+        ["data set", "samples", "views", "channels", "std (median)", "largest", "dead", "exploding", "not finite"],
         [
             [
                 name,
@@ -123,7 +123,7 @@ def _tables(cache: Document) -> list[str]:
     lines += _table(header, [_views(name, s) for name, s in stats.items()])
     if cache["drift"]:
         lines += ["", f"Against {cache['against']}: per channel, and the joints' distance on the same views.", ""]
-        header = ["data set", "Frechet / variance", "mean |shift|", "drifted", "top channels (shift)", "same views"]
+        header = ["data set", "Frechet / variance", "mean abs. shift", "drifted", "top channels (shift)", "same views"]
         lines += _table([*header, "px", "mm"], [_drift(n, d) for n, d in cache["drift"].items()])
     return lines
 
@@ -186,11 +186,12 @@ def features_figure(caches: Mapping[str, Tallies]) -> Figure:
 
 def _line(axes: Axes, channels: Moments, values: np.ndarray[Any, Any], name: str) -> None:
     order = np.argsort(values, kind="stable")
-    floor = np.maximum(values[order], 1e-9)  # a dead channel has no logarithm
-    (line,) = axes.plot(floor, linewidth=1.3, label=name)
+    floor = 0.1 * DEAD_SHARE * float(np.median(channels.std))  # a dead channel's logarithm would be all of the picture
+    heights = np.maximum(values[order], floor or 1.0)
+    (line,) = axes.plot(heights, linewidth=1.3, label=name)
     for flagged, marker in ((dead(channels), "v"), (exploding(channels), "^")):
         at = np.flatnonzero(flagged[order])
-        axes.plot(at, floor[at], marker, color=line.get_color(), markersize=6)
+        axes.plot(at, heights[at], marker, color=line.get_color(), markersize=6)
 
 
 def _limits(axes: Axes, what: str, lines: Mapping[str, float]) -> None:

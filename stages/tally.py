@@ -74,21 +74,20 @@ class Tally:
     """(K+1) of each of MEASURES between teacher and labels: by view, then of each sample the least over its views."""
     worst: Mapping[str, tuple[Offender, ...]]
     """By measure, the samples whose least is largest."""
+    listed: int
+    """How many of the worst are kept."""
     common: Mapping[str, Moments]
     """(K) of the joints' mean distance to the other cache's: `px`, `mm`; of nothing where there is no other."""
 
     def merged(self, other: Tally) -> Tally:
         """Of the shards of both."""
-        worst = {
-            name: worst_of([*found, *other.worst[name]], max(len(found), len(other.worst[name])))
-            for name, found in self.worst.items()
-        }
         return Tally(
             self.counts + other.counts,
             self.features.merged(other.features),
             {name: found.merged(other.quantities[name]) for name, found in self.quantities.items()},
             {name: found.merged(other.distances[name]) for name, found in self.distances.items()},
-            worst,
+            {name: worst_of([*found, *other.worst[name]], self.listed) for name, found in self.worst.items()},
+            self.listed,
             {name: found.merged(other.common[name]) for name, found in self.common.items()},
         )
 
@@ -118,6 +117,7 @@ def count_shard(job: ShardJob) -> Tally:
         {name: Moments.of(found[name]) for name in QUANTITIES},
         {name: Distances.of(np.column_stack([apart[name], least_over_views(apart[name])])) for name in MEASURES},
         {name: worst_of(_offenders(job, shard, apart, name), job.worst) for name in MEASURES},
+        job.worst,
         _common(job, shard),
     )
 

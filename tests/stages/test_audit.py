@@ -17,7 +17,8 @@ from PIL import Image
 
 from stages.audit import AuditedCache, computed_by_threads, partitions_at_once, shard_jobs, tally_of
 from stages.audit_document import OVERALL, drifts, findings, statistics, with_overall
-from stages.audit_pages import files_of
+from stages.audit_pages import features_figure, files_of
+from stages.contact_sheet import png
 from stages.tally import Tally, open_shard
 from storage.errors import DamageError, InputError
 from storage.reading import open_cache
@@ -166,6 +167,20 @@ def test_dead_and_exploding_channels_are_named(tmp_path: Path, monkeypatch: pyte
     ]
 
 
+def test_features_that_say_nothing_are_unfit_and_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(values: dict[str, NDArray[Any]]) -> None:
+        values["teacher/features"][:] = 0
+        values["teacher/features_scale"][:] = 0
+
+    spoil_one_in(monkeypatch, 1, spoil)
+    root = write_tiny_cache(tmp_path)
+    assert unfit(root) == ["dead channels"]
+    tallies = with_overall(tallies_of(root))
+    assert tallies["tiny"].counts["zero_scale"] == tallies["tiny"].counts["tokens"] == 12 * 3 * 64
+    picture = Image.open(io.BytesIO(png(features_figure({"train": tallies}))))
+    assert min(picture.size) > 300
+
+
 def test_the_sample_with_a_wrong_label_is_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher says what the labels say, of sample 7 a hand that lies a quarter of the picture beside it."""
 
@@ -274,6 +289,14 @@ def test_the_files_of_an_audit(tmp_path: Path) -> None:
         assert picture.std() > 10, f"{name} is blank"
     again = files_of({"findings": [], "caches": {"train": cache}}, {"train": (root, tallies)})
     assert again == files
+
+
+def test_the_worst_of_all_shards_are_listed(tmp_path: Path) -> None:
+    many = tallies_of(write_tiny_cache(tmp_path / "many", n=11, samples_per_shard=2), worst=7)["tiny"].worst["px"]
+    one = tallies_of(write_tiny_cache(tmp_path / "one", n=11, samples_per_shard=11), worst=11)["tiny"].worst["px"]
+    assert [each.sample_id for each in many] == [each.sample_id for each in one[:7]]
+    assert [each.value for each in many] == [each.value for each in one[:7]]
+    assert len(one) == 11
 
 
 def test_damage_stops_an_audit(tmp_path: Path) -> None:
