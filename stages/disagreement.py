@@ -90,6 +90,13 @@ def least_over_views(values: Floats) -> Floats:
     return np.where(np.isinf(least), np.nan, least)
 
 
+def rows_of_largest(values: Floats, count: int) -> NDArray[np.int64]:
+    """Rows of the `count` largest, in no order; of equals at the end all; NaN is not among them."""
+    known = np.where(np.isnan(values), -np.inf, values)
+    limit = np.partition(known, -count)[-count] if count < len(known) else -np.inf
+    return np.asarray(np.flatnonzero((known >= limit) & ~np.isnan(values)))
+
+
 def worst_of(found: Iterable[Offender], count: int) -> tuple[Offender, ...]:
     """The `count` largest, the largest first; equals in the order of their ids."""
     return tuple(heapq.nsmallest(count, found, key=lambda offender: (-offender.value, offender.sample_id)))

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.disagreement import MEASURES, Offender, disagreements, joint_distances, least_over_views, worst_of
+from stages.disagreement import (
+    MEASURES,
+    Offender,
+    disagreements,
+    joint_distances,
+    least_over_views,
+    rows_of_largest,
+    worst_of,
+)
 from stages.moments import Distances, Moments
 from stages.plausibility import QUANTITIES, beyond, quantities
 from storage import layout
@@ -183,7 +191,7 @@ def _offenders(
     job: ShardJob, shard: ShardFile, apart: Mapping[str, NDArray[np.float64]], measure: str
 ) -> Iterator[Offender]:
     least = least_over_views(apart[measure])
-    for row in np.flatnonzero(~np.isnan(least)):
+    for row in rows_of_largest(least, job.worst):
         view = int(np.nanargmin(apart[measure][row]))
         values = {name: float(apart[name][row, view]) for name in MEASURES}
         yield Offender(float(least[row]), shard.sample_ids[row], job.dataset, job.input_hash, int(row), view, values)
