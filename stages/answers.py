@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from stages.preparation import PreparedBatch, PreparedView, ShardJob
 from storage import layout
-from storage.config import FeatureEncoding, FeatureGrid
-from storage.encodings import PICTURE_SIZE_PX, decode_features, encode_features, representable
+from storage.codecs import Codec
+from storage.config import FeatureGrid
+from storage.encodings import PICTURE_SIZE_PX
 from storage.ledger import Quarantined
 from storage.shards import ShardWriter
 
@@ -34,14 +35,14 @@ BATCHES_BEHIND = 2
 
 
 def fill_shard(
-    job: ShardJob, writer: ShardWriter, batches: Iterable[PreparedBatch], forward: Forward
+    job: ShardJob, writer: ShardWriter, batches: Iterable[PreparedBatch], forward: Forward, codec: Codec
 ) -> list[Quarantined]:
     """Answer every view and append every sample whose views can all be stored; returns the others, with the reason.
 
     The forward pass stays in the calling thread (a CPU's thread settings are a thread's own); another one encodes and
     writes, in order.
     """
-    filler = _Filler(job, writer)
+    filler = _Filler(job, writer, codec)
     grid = job.settings.features.grid
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="store") as storing:
@@ -84,8 +85,9 @@ class _Answer:
 class _Filler:
     """Gathers the views of a sample, which may come in two batches, and appends the sample when they are all there."""
 
-    def __init__(self, job: ShardJob, writer: ShardWriter) -> None:
+    def __init__(self, job: ShardJob, writer: ShardWriter, codec: Codec) -> None:
         self._settings = job.settings
+        self._codec = codec
         self._writer = writer
         self.views: list[_Answer] = []
         self.left_out: list[Quarantined] = []
@@ -117,23 +119,13 @@ class _Filler:
         self, outputs: Mapping[str, NDArray[np.float32]]
     ) -> Iterator[tuple[dict[str, NDArray[Any]], str | None]]:
         """Each view's stored values, and why it must not be stored if it must not."""
-        encoding = self._settings.features.encoding
         features_BhwC = outputs["features"]
-        sound = [representable(view, encoding) for view in features_BhwC]
-        with np.errstate(invalid="ignore"):  # of a view that is not sound, and not stored
-            stored, scale = encode_features(features_BhwC, encoding)
+        sound = [self._codec.representable(view) for view in features_BhwC]
+        with np.errstate(invalid="ignore", over="ignore"):  # of a view that is not sound, and not stored
+            stored, scale = self._codec.encode(features_BhwC)
         for item in range(len(stored)):
             values = {layout.FEATURES: stored[item]} | ({} if scale is None else {layout.FEATURES_SCALE: scale[item]})
             values |= {f"teacher/{name}": outputs[name][item] for name in OUTPUTS}
             not_finite = [name for name in OUTPUTS if not np.isfinite(outputs[name][item]).all()]
             wrong = not_finite if sound[item] else ["features", *not_finite]
             yield values, f"not-finite: the teacher's {', '.join(wrong)}" if wrong else None
-
-
-def as_stored(features_BhwC: NDArray[np.float32], encoding: FeatureEncoding) -> NDArray[np.float32]:
-    """Features through an encoding and back."""
-    stored, scale = encode_features(features_BhwC, encoding)
-    decoded = np.empty(features_BhwC.shape, np.float32)
-    for item in range(len(stored)):
-        decode_features(stored[item], None if scale is None else scale[item], decoded[item])
-    return decoded

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.crops import PREPROCESSING_VERSION
-from stages.answers import OUTPUTS, Forward, as_stored, fill_shard, run_padded
+from stages.answers import OUTPUTS, Forward, fill_shard, run_padded
 from stages.preparation import PreparedBatch, ShardJob, TeachSettings, prepared_batches
 from stages.replay import LIBRARIES, picture_libraries
 from storage import layout
 from storage.cache import CacheFolder
-from storage.config import FeatureGrid
+from storage.codecs import as_stored
+from storage.config import FeatureGrid, is_fitted
 from storage.durable import partial_path, publish_directory, remove_tree
 from storage.encodings import JPEG_SUBSAMPLING, PAPER_SIZE, bilinear_taps
 from storage.errors import DamageError
@@ -64,17 +65,22 @@ def teach_identity(
     model_config: Mapping[str, Any],
     hand_model_sha256: str,
     precision: str,
+    codec_sha256: str | None = None,
     strict_numerics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that decides a cache's answers; its fingerprint names the cache (storage/identity.py).
 
     model_config: the keys of model_config.yaml that shape the network. precision: fp32 or bf16, never `auto`.
+    codec_sha256: of the constants of a fitted encoding; None: it has none, or they are not known yet.
     strict_numerics: the provenance, when the user wants it to count.
     """
     assert precision in ("fp32", "bf16"), precision
     pictures: dict[str, Any] = {"codec": settings.pictures.codec}
     if settings.pictures.codec == "jpeg":
         pictures |= {"quality": settings.pictures.quality, "subsampling": JPEG_SUBSAMPLING}
+    features: dict[str, Any] = {"grid": settings.features.grid, "encoding": settings.features.encoding}
+    if is_fitted(settings.features.encoding):
+        features["codec_sha256"] = codec_sha256
     identity: dict[str, Any] = {
         "format_version": layout.FORMAT_VERSION,
         "algorithm_version": TEACH_VERSION,
@@ -89,7 +95,7 @@ def teach_identity(
         "hand_model_sha256": hand_model_sha256,
         "views": {"count": settings.views, "augmentation": settings.augmentation, "seed": settings.seed},
         "pictures": pictures,
-        "features": {"grid": settings.features.grid, "encoding": settings.features.encoding},
+        "features": features,
     }
     return identity | ({"strict_numerics": dict(strict_numerics)} if strict_numerics is not None else {})
 
@@ -125,8 +131,9 @@ def write_shard(
     _note(job, "shard_started")
     partial = partial_path(folder.shard_path(job.input_hash))
     try:
-        with ShardWriter(partial) as writer:
-            left_out = fill_shard(job, writer, batches, forward)
+        codec = folder.codec()
+        with ShardWriter(partial, codec.dimension) as writer:
+            left_out = fill_shard(job, writer, batches, forward, codec)
             return WrittenShard(partial, writer.finish(_header(job, left_out, provenance)))
     except BaseException:
         if partial.exists():
@@ -190,10 +197,18 @@ class Recheck:
 
     sample_id: str
     view: int
-    max_rel_error: float
-    """Largest over the arrays of |today - stored| / |stored|, Euclidean norms."""
-    worst: str
-    """The array it is the error of."""
+    errors: Mapping[str, float]
+    """Of each array: |today - stored| / |stored|, Euclidean norms; features both through the encoding."""
+
+    @property
+    def max_rel_error(self) -> float:
+        """The largest of them."""
+        return max(self.errors.values())
+
+    @property
+    def worst(self) -> str:
+        """The array it is the error of."""
+        return max(self.errors, key=lambda name: self.errors[name])
 
 
 def recheck_rows(
@@ -204,19 +219,17 @@ def recheck_rows(
     view: which view of each sample; None: they take turns.
     """
     batch_size = int(reader.identity["teacher"]["batch_size"])
-    features = reader.identity["features"]
     views = [position % reader.n_views if view is None else view for position in positions]
     for start in range(0, len(positions), batch_size):
         rows, at = positions[start : start + batch_size], views[start : start + batch_size]
         stored = reader.read(rows, at)
-        today = run_padded(forward, stored[PICTURES], features["grid"], batch_size)
-        today["features"] = as_stored(today["features"], features["encoding"])
+        today = run_padded(forward, stored[PICTURES], reader.identity["features"]["grid"], batch_size)
+        today["features"] = as_stored(today["features"], reader.codec)
         for item, (sample_id, which) in enumerate(zip(stored[layout.SAMPLE_ID], at, strict=True)):
             errors = {
                 name: _relative(today[name][item], stored[f"teacher/{name}"][item]) for name in ("features", *OUTPUTS)
             }
-            worst = max(errors, key=lambda name: errors[name])
-            yield Recheck(str(sample_id), which, errors[worst], worst)
+            yield Recheck(str(sample_id), which, errors)
 
 
 def _relative(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:

@@ -3,6 +3,7 @@
 <workdir>/cache/<fingerprint>/
     cache.json             the identity spelled out, digests of attachments (sealed)
     hand_model.safetensors an attachment: what decodes the stored poses
+    codec.safetensors      an attachment, of fitted encodings: what decodes the stored features
     shards/<input hash>.zarr   immutable, published by rename
     ledger/<input hash>.json   written after its shard: a shard counts as finished when its record stands (sealed)
     ledger/<input hash>.withdrawn   why `verify` took the record away, until the shard is whole again (sealed)
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storage.codecs import Codec, open_codec
 from storage.durable import (
     partial_path,
     remove_tree,
@@ -88,6 +90,10 @@ class CacheFolder:
     def identity(self) -> dict[str, Any]:
         identity: dict[str, Any] = self.description()["identity"]
         return identity
+
+    def codec(self) -> Codec:
+        """What encodes and decodes the features of this cache."""
+        return open_codec(self.root, self.identity["features"])
 
     @property
     def fingerprint(self) -> str:

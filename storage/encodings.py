@@ -1,4 +1,4 @@
-"""How features and pictures become bytes and come back, and the grids that features are stored on.
+"""The grids that features are stored on, and how pictures become bytes and come back; tokens: storage/codecs.py.
 
 Shapes: B views, C channels, H x W the teacher's token grid (16x12), h x w the stored grid. Plain elementwise numpy
 throughout: no matrix product, so the same input gives the same bytes on any processor and thread count.
@@ -7,14 +7,13 @@ throughout: no matrix product, so the same input gives the same bytes on any pro
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from storage.config import FeatureEncoding, FeatureGrid
+from storage.config import FeatureGrid
 from storage.errors import DamageError
 
 Floats = NDArray[np.float32]
@@ -24,9 +23,6 @@ PICTURE_SIZE_PX = 256
 
 JPEG_SUBSAMPLING = "420"
 """Colour at half resolution, like the photographs in the source data sets themselves."""
-
-INT8_LIMIT = 127
-"""Symmetric: -128 is not used, so that a token and its negative are stored alike."""
 
 PAPER_SIZE = 8
 """Fast-HaMeR resizes the teacher's map to its students' 8x8."""
@@ -79,36 +75,6 @@ def bilinear_taps(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np
     source = np.maximum((np.arange(size) + 0.5) * (length / size) - 0.5, 0.0)
     low = np.minimum(source.astype(np.int64), length - 1)
     return low, np.minimum(low + 1, length - 1), (source - low).astype(np.float32)
-
-
-def encode_features(features_BhwC: Floats, encoding: FeatureEncoding) -> tuple[NDArray[Any], Floats | None]:
-    """Stored values (B,h,w,C) and, for int8, the scale (B,h,w) of each token: value = stored * scale.
-
-    A float16 value beyond 65504 becomes infinite: the caller checks (`representable`).
-    """
-    if encoding == "float16":
-        with np.errstate(over="ignore"):
-            return np.ascontiguousarray(features_BhwC, dtype=np.float16), None
-    magnitude = np.maximum(features_BhwC.max(axis=-1), -features_BhwC.min(axis=-1))
-    scale: Floats = magnitude * np.float32(1 / INT8_LIMIT)
-    scaled = features_BhwC / np.where(scale > 0, scale, np.float32(1))[..., None]
-    np.rint(scaled, out=scaled)
-    np.clip(scaled, -INT8_LIMIT, INT8_LIMIT, out=scaled)  # the largest magnitude may come out as 127.00001
-    return scaled.astype(np.int8), scale
-
-
-def representable(features_hwC: Floats, encoding: FeatureEncoding) -> bool:
-    """Whether every value is finite and, in float16, stays so."""
-    if not np.isfinite(features_hwC).all():
-        return False
-    return encoding != "float16" or bool(np.abs(features_hwC).max() < np.finfo(np.float16).max)
-
-
-def decode_features(stored: NDArray[Any], scale: Floats | None, out: Floats) -> None:
-    """Write the float32 values of one stored record (h,w,C) into `out`."""
-    np.copyto(out, stored)
-    if scale is not None:
-        out *= scale[..., None]  # after the copy: a third faster than multiplying int8 by float32
 
 
 def encode_picture(picture: NDArray[np.uint8], codec: str, quality: int) -> bytes:

@@ -43,12 +43,12 @@ _F8 = ("float64",)
 ENTRIES: tuple[Entry, ...] = (
     Entry(
         FEATURES,
-        ("float16", "int8"),
+        ("float16", "int8", "uint8"),
         (*_VIEW, "row", "column", "channel"),
         "1",
-        "backbone features on the stored grid, before the head; int8: value * features_scale",
+        "backbone features on the stored grid, before the head, in the cache's encoding",
     ),
-    Entry(FEATURES_SCALE, _F4, (*_VIEW, "row", "column"), "1", "scale of each int8 token", optional=True),
+    Entry(FEATURES_SCALE, _F4, (*_VIEW, "row", "column"), "1", "int8: scale of each token", optional=True),
     Entry("teacher/global_orient", _F4, (*_VIEW, "one", "matrix_row", "matrix_column"), "1", "rotation of the wrist"),
     Entry("teacher/hand_pose", _F4, (*_VIEW, "joint_15", "matrix_row", "matrix_column"), "1", "rotations, MANO order"),
     Entry("teacher/betas", _F4, (*_VIEW, "shape"), "1", "MANO shape components"),

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage import layout
+from storage.codecs import Codec, open_codec
 from storage.encodings import PICTURE_SIZE_PX, decode_picture
 from storage.errors import DamageError, InputError
 from storage.identity import read_description
@@ -59,6 +60,8 @@ class CacheReader:
         """Data set -> digest of the snapshot that is read."""
         self._open_limit = open_shards or shards_to_keep_open()
         self.identity: dict[str, Any] = read_description(root)["identity"]
+        self.codec: Codec = open_codec(root, self.identity["features"])
+        """What decodes the stored features."""
         table = pa.concat_tables([read_snapshot(snapshot_path(root, digest)) for digest in self.digests.values()])
         cached = pc.is_valid(table["row"])
         self.samples_in = len(table)
@@ -113,8 +116,9 @@ class CacheReader:
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
-        """(h, w, c) of a view's features."""
-        return self._shard(0).feature_shape
+        """(h, w, C) of a view's features, decoded."""
+        *grid, stored = self._shard(0).feature_shape
+        return (*grid, self.codec.channels(stored))
 
     def position(self, sample_id: str) -> int:
         """Position of a sample; KeyError when it is not cached."""
@@ -141,9 +145,9 @@ class CacheReader:
         """A batch: entry b is view `views[b]` of the sample at position `rows[b]`.
 
         keys: only these entries (`sample_id` always comes); None: every entry that all touched shards have.
-        decoded: False leaves features as stored, a quarter of the bytes where they are int8: `teacher/features` int8
-        or float16 and, for int8, `teacher/features_scale` (B,h,w); whoever has a GPU multiplies there.
-        Shapes: `pictures` (B,256,256,3) uint8, `teacher/features` (B,h,w,c) float32, others (B, ...), `sample_id` (B,).
+        decoded: False leaves features as stored, a quarter of the bytes or far less: `teacher/features` (B,h,w,c) and,
+        for int8, `teacher/features_scale` (B,h,w); whoever has a GPU decodes there, with the constants of `codec`.
+        Shapes: `pictures` (B,256,256,3) uint8, `teacher/features` (B,h,w,C) float32, others (B, ...), `sample_id` (B,).
         """
         assert len(rows) == len(views)
         places = [(self._shard(int(row)), int(self._row_of[row])) for row in rows]
@@ -152,7 +156,7 @@ class CacheReader:
         batch: Batch = {layout.SAMPLE_ID: np.array([shard.sample_ids[row] for shard, row in places])}
         for name in wanted:
             if name == layout.FEATURES:
-                batch |= _features(places, views) if decoded else _features_as_stored(places, views)
+                batch |= self._features(places, views) if decoded else _features_as_stored(places, views)
             elif name == PICTURES:
                 batch[name] = _pictures(places, views)
             else:
@@ -162,6 +166,14 @@ class CacheReader:
     def picture_bytes(self, row: int, view: int) -> bytes:
         """The encoded picture of one view, checked."""
         return self._shard(row).picture_bytes(int(self._row_of[row]), view)
+
+    def _features(self, places: Sequence[tuple[ShardFile, int]], views: Sequence[int]) -> Batch:
+        out = np.empty((len(places), *self.feature_shape), dtype=np.float32)
+        for item, ((shard, row), view) in enumerate(zip(places, views, strict=True)):
+            scale = shard.small.get(layout.FEATURES_SCALE)
+            stored = shard.stored_features(row, view)
+            self.codec.decode(stored, None if scale is None else scale[row, view], out[item])
+        return {layout.FEATURES: out}
 
     def _keys(self, places: Sequence[tuple[ShardFile, int]], keys: Collection[str] | None) -> list[str]:
         shards = {id(shard): shard for shard, _ in places}.values()
@@ -217,13 +229,6 @@ def shards_to_keep_open() -> int:
 
 def _has_views(name: str) -> bool:
     return name == PICTURES or (name != layout.SAMPLE_ID and layout.per_view(name))
-
-
-def _features(places: Sequence[tuple[ShardFile, int]], views: Sequence[int]) -> Batch:
-    out = np.empty((len(places), *places[0][0].feature_shape), dtype=np.float32)
-    for item, ((shard, row), view) in enumerate(zip(places, views, strict=True)):
-        shard.features_into(row, view, out[item])
-    return {layout.FEATURES: out}
 
 
 def _features_as_stored(places: Sequence[tuple[ShardFile, int]], views: Sequence[int]) -> Batch:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from storage import layout, zarr3
 from storage.durable import sha256_bytes
-from storage.encodings import decode_features
 from storage.errors import DamageError, WorkError
 from storage.ledger import ShardRecord
 from storage.shards import unpadded_ids
@@ -108,12 +107,12 @@ class ShardFile:
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
-        """(h, w, c) of a record."""
+        """(h, w, c) of a record, as stored."""
         return self._metadata[layout.FEATURES].shape[2:]
 
     @property
     def feature_dtype(self) -> np.dtype[Any]:
-        """As stored: int8 or float16."""
+        """As stored: float16, int8 or uint8."""
         return self._metadata[layout.FEATURES].dtype
 
     def stored_features(self, row: int, view: int) -> NDArray[Any]:
@@ -129,11 +128,6 @@ class ShardFile:
             self._features_checked[index] = True
         values: NDArray[Any] = record[: metadata.record_bytes].view(metadata.dtype.newbyteorder("<"))
         return values.reshape(self.feature_shape)
-
-    def features_into(self, row: int, view: int, out: NDArray[np.float32]) -> None:
-        """Decode the features (h,w,c) of one view into `out`."""
-        scale = self.small.get(layout.FEATURES_SCALE)
-        decode_features(self.stored_features(row, view), None if scale is None else scale[row, view], out)
 
     def forget_pages(self) -> None:
         """Give back the memory of what was read through the maps; what is wanted again is read from the file again.

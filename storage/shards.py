@@ -78,7 +78,8 @@ class ShardWriter:
     The first sample decides the shapes; a later one that differs is our own mistake (AssertionError).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, feature_dimension: str = "channel") -> None:
+        """feature_dimension: what the last dimension of `teacher/features` is called (storage/codecs.py)."""
         folder.mkdir()
         self.folder = folder
         self.rows = 0
@@ -89,6 +90,7 @@ class ShardWriter:
         self._files: dict[str, FileDigest] = {}
         self._streams: dict[str, _HashedFile] = {}
         self._feature_record: NDArray[Any] | None = None
+        self._feature_dimensions = (*layout.BY_PATH[layout.FEATURES].dimensions[:-1], feature_dimension)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -187,7 +189,8 @@ class ShardWriter:
         record_shape: tuple[int, ...] | None = None,
     ) -> None:
         """Note the digest of an array's chunk and write its zarr.json."""
-        metadata = zarr3.ArrayMetadata(shape, dtype, layout.BY_PATH[path].dimensions, record_shape)
+        dimensions = self._feature_dimensions if path == layout.FEATURES else layout.BY_PATH[path].dimensions
+        metadata = zarr3.ArrayMetadata(shape, dtype, dimensions, record_shape)
         self._files[f"{path}/{metadata.chunk_name}"] = chunk
         self._write(f"{path}/{zarr3.METADATA_NAME}", array_document(path, metadata))
 

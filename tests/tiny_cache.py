@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from storage import layout
 from storage.cache import CacheFolder
-from storage.config import FeatureEncoding, FeatureGrid
+from storage.codecs import CODEC_FILE, Codec, CodesCodec, FittedCodec, PcaCodec, codec_bytes
+from storage.config import FeatureEncoding, FeatureGrid, encoding_parts, is_fitted
 from storage.durable import partial_path, publish_directory, sha256_bytes
-from storage.encodings import encode_features, encode_picture, to_grid
+from storage.encodings import encode_picture, to_grid
 from storage.ledger import Quarantined, ShardRecord, write_record
 from storage.shards import ShardHeader, ShardWriter
 from storage.snapshots import build_snapshot, publish_snapshot, read_head, write_head
@@ -56,7 +57,12 @@ def write_tiny_cache(
     be big. Writing another data set with the same other arguments adds it to the same folder.
     """
     features = {"grid": grid, "encoding": encoding, "teacher_shape": [16, 12, channels]}
-    folder = CacheFolder.create(parent, {"kind": "tiny", "role": role, "views": views, "features": features})
+    attachments = {}
+    if is_fitted(encoding):
+        attachments[CODEC_FILE] = codec_bytes(tiny_codec(encoding, channels))
+        features["codec_sha256"] = sha256_bytes(attachments[CODEC_FILE])
+    identity = {"kind": "tiny", "role": role, "views": views, "features": features}
+    folder = CacheFolder.create(parent, identity, attachments)
     ids = [f"{dataset}:{index:06d}#0" for index in range(n + quarantined)]
     bad = set(ids[1 : 1 + quarantined])
     plans, records = [], {}
@@ -72,7 +78,6 @@ def write_tiny_cache(
             seed,
             views,
             grid,
-            encoding,
             channels,
             truth_vertices,
             alike,
@@ -106,7 +111,6 @@ def _write_shard(
     seed: int,
     views: int,
     grid: FeatureGrid,
-    encoding: FeatureEncoding,
     channels: int,
     truth_vertices: int,
     alike: bool,
@@ -114,13 +118,14 @@ def _write_shard(
     final = folder.shard_path(header.input_hash)
     partial = partial_path(final)
     left_out = tuple(Quarantined(name, "undecodable: made so by the test") for name in ids if name in bad)
-    with ShardWriter(partial) as writer:
+    codec = folder.codec()
+    with ShardWriter(partial, codec.dimension) as writer:
         for place, name in enumerate(ids):
             if name in bad:
                 continue
             if place == 0 or not alike:
                 rng = np.random.default_rng([seed, *name.encode()])
-                values = hand(rng, views) | teacher(rng, views, grid, encoding, channels)
+                values = hand(rng, views) | teacher(rng, views, grid, codec, channels)
                 if truth_vertices:
                     values |= truth(rng, truth_vertices)
                 pictures = [encode_picture(picture(rng), "jpeg", 95) for _ in range(views)]
@@ -168,12 +173,12 @@ def hand(rng: np.random.Generator, views: int) -> dict[str, NDArray[Any]]:
 
 
 def teacher(
-    rng: np.random.Generator, views: int, grid: FeatureGrid, encoding: FeatureEncoding, channels: int
+    rng: np.random.Generator, views: int, grid: FeatureGrid, codec: Codec, channels: int
 ) -> dict[str, NDArray[Any]]:
     """A teacher's answers for one sample: proper rotations, a camera, encoded features."""
     f4 = np.float32
     features = to_grid(rng.normal(0, 1, (views, 16, 12, channels)).astype(f4), grid)
-    stored, scale = encode_features(features, encoding)
+    stored, scale = codec.encode(features)
     joints = (rng.normal(0, 0.04, (views, 21, 3))).astype(f4)
     values: dict[str, NDArray[Any]] = {
         layout.FEATURES: stored,
@@ -185,6 +190,19 @@ def teacher(
         "teacher/keypoints_3d": joints,
     }
     return values if scale is None else values | {layout.FEATURES_SCALE: scale}
+
+
+def tiny_codec(encoding: FeatureEncoding, channels: int) -> FittedCodec:
+    """A codec for tokens of normal numbers: random directions, random codebooks. It is a poor one, and decodes exactly."""
+    rng = np.random.default_rng(0)
+    kind, number = encoding_parts(encoding)
+    size = number if kind == "pca" else min(channels, 8)
+    components = np.ascontiguousarray(np.linalg.qr(rng.normal(size=(channels, size)))[0].T, np.float32)
+    mean = rng.normal(0, 0.1, channels).astype(np.float32)
+    if kind == "pca":
+        return PcaCodec(mean, components, rng.uniform(0.01, 0.03, size).astype(np.float32), error=0.5)
+    codebooks = rng.normal(0, 0.5, (number, 256, size)).astype(np.float32)
+    return CodesCodec(mean, components, codebooks, error=0.5)
 
 
 def truth(rng: np.random.Generator, n_vertices: int) -> dict[str, NDArray[Any]]:

@@ -12,6 +12,7 @@ from models.student import Student
 from storage.config import FeatureGrid
 from trainer.config import DistillConfig, StudentRecipe
 from trainer.data import FEATURES, FEATURES_SCALE, LABELS, PICTURES, TEACHER_OUTPUTS
+from trainer.features import FeatureDecoder
 from trainer.losses import FeatureLoss, label_losses, output_losses, weighted
 
 Tensors = dict[str, Tensor]
@@ -30,13 +31,22 @@ def keys_for(distill: DistillConfig) -> tuple[str, ...]:
 class StudentUnderTraining(nn.Module):
     """A student and its losses. The optimizer gets `parameters()`, so nothing that learns can be forgotten."""
 
-    def __init__(self, student: Student, recipe: StudentRecipe, grid: FeatureGrid, teacher_dim: int) -> None:
+    def __init__(
+        self,
+        student: Student,
+        recipe: StudentRecipe,
+        grid: FeatureGrid,
+        teacher_dim: int,
+        decoder: FeatureDecoder | None = None,
+    ) -> None:
+        """grid, teacher_dim: of the cache's features, decoded. decoder: of the stored ones; None: float16 or int8."""
         super().__init__()
         self.student = student
         self.recipe = recipe
         self.memory_format = torch.contiguous_format
         if recipe.channels_last and student.channels_last_safe:
             self.memory_format = torch.channels_last
+        self.decoder = decoder or FeatureDecoder()
         self.feature_loss: FeatureLoss | None = None
         if recipe.distill.features:
             self.feature_loss = FeatureLoss(recipe.distill, grid, student.feature_shape, teacher_dim)
@@ -67,18 +77,11 @@ class StudentUnderTraining(nn.Module):
             parts |= _means("teacher", teacher)
         total = per_sample.sum() if distill.preset == "paper" else per_sample.mean()
         if distill.features and self.feature_loss is not None:
-            features = self.feature_loss(outputs["features"], _features(batch)).mean()
+            taught = self.decoder(batch[FEATURES], batch.get(FEATURES_SCALE))
+            features = self.feature_loss(outputs["features"], taught).mean()
             total = total + distill.features * features
             parts["teacher/features"] = features.detach()
         return total, parts, outputs
-
-
-def _features(batch: Mapping[str, Tensor]) -> Tensor:
-    """The teacher's map (B,D,H,W) as float32; int8 tokens have a scale each."""
-    features_BHWD = batch[FEATURES].float()
-    if FEATURES_SCALE in batch:
-        features_BHWD = features_BHWD * batch[FEATURES_SCALE][..., None]
-    return features_BHWD.permute(0, 3, 1, 2)
 
 
 def _group(batch: Mapping[str, Tensor], prefix: str) -> Tensors:

@@ -39,6 +39,7 @@ from storage.errors import DamageError, InputError, WorkError
 from storage.identity import sound_attachment
 from trainer.config import StudentRecipe
 from trainer.data import PICTURES, Batch, Source, TrainMix
+from trainer.features import feature_decoder
 from trainer.job import CHECKPOINT, PICTURES_PNG, RESULT, STUDENT, Callbacks, Silent, TrainJob, TrainResult
 from trainer.job import params_of as params_of
 from trainer.job import read_result as read_result
@@ -100,15 +101,16 @@ class _Run:
             validation_samples=self.recipe.validation_samples,
             colour_jitter=self.recipe.colour_jitter,
         )
-        shapes = {(reader.grid, reader.feature_shape[-1]) for reader in readers}
-        if len(shapes) != 1:
-            raise InputError(f"the data sets of {job.name} are cached differently: {sorted(shapes)}; use one cache")
-        ((grid, teacher_dim),) = shapes
+        kinds = {canonical_json(reader.identity["features"] | {"C": reader.feature_shape[-1]}) for reader in readers}
+        if len(kinds) != 1:
+            told = ", ".join(kind.decode() for kind in sorted(kinds))
+            raise InputError(f"the data sets of {job.name} are cached differently: {told}; use one cache")
+        grid, teacher_dim, decoder = readers[0].grid, readers[0].feature_shape[-1], feature_decoder(readers[0].codec)
         torch.manual_seed(job.seed)
         weights = str(job.weights) if job.weights else None
         spec = StudentSpec(backbone=self.recipe.backbone, head=self.recipe.head, weights=weights)
         student = Student(spec, load_hand_model(sound_attachment(job.hand_model)))
-        self.module = StudentUnderTraining(student, self.recipe, cast(FeatureGrid, grid), teacher_dim)
+        self.module = StudentUnderTraining(student, self.recipe, cast(FeatureGrid, grid), teacher_dim, decoder)
         self.module.to(self.device).to(memory_format=self.module.memory_format)
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay)

@@ -5,23 +5,11 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import avg_pool2d, interpolate
 
-from storage.config import FeatureEncoding
-from storage.encodings import (
-    decode_features,
-    decode_picture,
-    encode_features,
-    encode_picture,
-    grid_shape,
-    representable,
-    to_grid,
-)
+from storage.encodings import decode_picture, encode_picture, grid_shape, to_grid
 from storage.errors import DamageError
 
 
@@ -46,40 +34,6 @@ def test_geometric_grid_is_average_pooling() -> None:
 @pytest.mark.parametrize("grid", ["full", "8x8-paper", "8x6-geometric"])
 def test_grid_shapes(grid: str) -> None:
     assert to_grid(features(), grid).shape[1:3] == grid_shape(grid, (16, 12))  # type: ignore[arg-type]
-
-
-def decoded(values: NDArray[np.float32], encoding: FeatureEncoding) -> NDArray[np.float32]:
-    stored, scale = encode_features(values, encoding)
-    out = np.empty_like(values)
-    for item in range(len(values)):
-        decode_features(stored[item], None if scale is None else scale[item], out[item])
-    return out
-
-
-@given(hnp.arrays(np.float32, (1, 2, 2, 5), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False)))
-def test_int8_is_within_half_a_step_of_each_token(values: NDArray[np.float32]) -> None:
-    step = np.abs(values).max(axis=-1, keepdims=True) / 127
-    assert (np.abs(decoded(values, "int8") - values) <= step * 0.5001 + 1e-30).all()
-
-
-def test_int8_of_nothing_is_nothing() -> None:
-    zeros = np.zeros((1, 8, 8, 4), np.float32)
-    assert (decoded(zeros, "int8") == 0).all()
-
-
-def test_float16_is_numpys() -> None:
-    values = features((2, 8, 8, 40))
-    np.testing.assert_array_equal(decoded(values, "float16"), values.astype(np.float16).astype(np.float32))
-
-
-def test_what_cannot_be_stored_is_known() -> None:
-    values = np.ones((8, 8, 4), np.float32)
-    assert representable(values, "float16")
-    values[0, 0, 0] = 1e5
-    assert not representable(values, "float16")
-    assert representable(values, "int8")
-    values[0, 0, 0] = np.nan
-    assert not representable(values, "int8")
 
 
 def picture() -> NDArray[np.uint8]:

@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
     return write_tiny_cache(tmp_path, n=12, views=3, quarantined=1, truth_vertices=20)
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8"])
+@pytest.mark.parametrize("encoding", ["float16", "int8", "pca12-int8", "codes4"])
 @pytest.mark.parametrize("grid", ["full", "8x8-paper", "8x6-geometric"])
 def test_reader_agrees_with_zarr_python(tmp_path: Path, grid: FeatureGrid, encoding: FeatureEncoding) -> None:
     reader = open_cache(write_tiny_cache(tmp_path, n=9, views=2, grid=grid, encoding=encoding, samples_per_shard=4))
@@ -34,10 +34,11 @@ def test_reader_agrees_with_zarr_python(tmp_path: Path, grid: FeatureGrid, encod
     for item, (row, view) in enumerate(zip(rows, views, strict=True)):
         shard: Any = zarr.open_group(shard_of(reader.root, batch["sample_id"][item]), mode="r")
         at = [bytes(name).rstrip(b"\0").decode() for name in shard["sample_id"][:]].index(batch["sample_id"][item])
-        features = shard[layout.FEATURES][at, view].astype(np.float32)
-        if encoding == "int8":
-            features *= shard[layout.FEATURES_SCALE][at, view][..., None]
+        scale = shard[layout.FEATURES_SCALE][at, view] if encoding == "int8" else None
+        features = np.empty(reader.feature_shape, np.float32)
+        reader.codec.decode(shard[layout.FEATURES][at, view], scale, features)
         np.testing.assert_array_equal(batch[layout.FEATURES][item], features)
+        assert shard[layout.FEATURES].metadata.dimension_names[-1] == reader.codec.dimension
         start, length = (shard[f"pictures/{name}"][at, view] for name in ("offset", "length"))
         data = shard["pictures/bytes"][start : start + length].tobytes()
         np.testing.assert_array_equal(batch["pictures"][item], decode_picture(data))
@@ -80,15 +81,21 @@ def test_only_what_is_asked_for_is_read(root: Path) -> None:
         open_cache(root).read([0], [0], keys=["labels/bets"])
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8"])
+@pytest.mark.parametrize("encoding", ["float16", "int8", "pca12-int8", "codes4"])
 def test_features_as_stored_decode_to_the_same(tmp_path: Path, encoding: FeatureEncoding) -> None:
     reader = open_cache(write_tiny_cache(tmp_path, n=4, encoding=encoding))
     stored = reader.read([0, 3], [2, 1], [layout.FEATURES], decoded=False)
-    assert stored[layout.FEATURES].dtype.name == encoding
-    values = stored[layout.FEATURES].astype(np.float32)
-    if encoding == "int8":
-        values *= stored[layout.FEATURES_SCALE][..., None]
-    np.testing.assert_array_equal(values, reader.read([0, 3], [2, 1])[layout.FEATURES])
+    kinds = {"float16": "float16", "int8": "int8", "pca12-int8": "int8", "codes4": "uint8"}
+    assert stored[layout.FEATURES].dtype.name == kinds[encoding]
+    values = np.empty((2, *reader.feature_shape), np.float32)
+    reader.codec.decode(stored[layout.FEATURES], stored.get(layout.FEATURES_SCALE), values)
+    np.testing.assert_allclose(values, reader.read([0, 3], [2, 1])[layout.FEATURES], rtol=1e-6, atol=1e-6)
+
+
+def test_a_fitted_cache_gives_the_teachers_channels(tmp_path: Path) -> None:
+    reader = open_cache(write_tiny_cache(tmp_path, n=4, encoding="codes4", channels=32))
+    assert reader.feature_shape == reader[0]["teacher/features"].shape[1:] == (8, 8, 32)
+    assert reader.read([0], [0], [layout.FEATURES], decoded=False)[layout.FEATURES].shape == (1, 8, 8, 4)
 
 
 def test_pickled_and_threaded_readers_give_the_same(root: Path) -> None:
