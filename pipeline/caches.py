@@ -15,9 +15,11 @@ import yaml
 
 from models.hand_model import OPEN_HAND, OPEN_HAND_FILE
 from models.model_config import model_config_path
+from pipeline.calibrations import is_calibrated, with_codec
 from pipeline.config import Role
 from pipeline.experiment import Experiment
 from pipeline.manifests import Manifest, ManifestIndex, manifests_of, tables_of
+from stages.calibrate import check_channels
 from stages.preparation import TeachSettings
 from stages.teach import teach_identity
 from storage.cache import CacheFolder, fingerprint
@@ -73,6 +75,11 @@ class CacheState:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.identity)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the cache's encoding is known in full; before, nothing can be in it."""
+        return is_calibrated(self.identity)
 
     def sound(self, input_hash: str) -> bool:
         """Whether a shard is finished and undamaged."""
@@ -150,7 +157,7 @@ def cache_identity(experiment: Experiment, role: Role) -> dict[str, Any]:
     checkpoint = experiment.path(teacher.checkpoint)
     checkpoint_sha256 = experiment.digests.sha256(checkpoint)
     hand = hand_model_source(experiment)
-    return teach_identity(
+    identity = teach_identity(
         settings=_settings(experiment, role),
         checkpoint_sha256=checkpoint_sha256,
         model_config=_model_config(model_config_path(checkpoint)),
@@ -158,6 +165,13 @@ def cache_identity(experiment: Experiment, role: Role) -> dict[str, Any]:
         precision=resolved_precision(experiment),
         strict_numerics=_strict_numerics(experiment),
     )
+    check_channels(experiment.config.cache.features.encoding, feature_channels(identity))
+    return with_codec(experiment, identity)
+
+
+def feature_channels(identity: Mapping[str, Any]) -> int:
+    """C of the teacher's features: the width of its backbone; ViT-H's where it is not said."""
+    return int(identity["teacher"]["model_config"]["MODEL"]["BACKBONE"].get("EMBED_DIM", 1280))
 
 
 def hand_model_source(experiment: Experiment) -> Path | None:

@@ -18,6 +18,8 @@ from storage.identity import CACHE_JSON, stored_identity
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHOWN_DIGITS = 12
+_OF_THE_CODEC = ("features.calibration.", "features.codec_sha256")
+"""Keys of a cache's identity that fitted encodings have. Before calibration the second is null."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,11 @@ class Change:
 def cache_changes(root: Path, role: str, identity: Mapping[str, Any]) -> list[Change]:
     """What a cache that is to be made has unlike the nearest one of its role that stands beside it."""
     older = [found for found in _identities(root.parent.glob(f"*/{CACHE_JSON}")) if found.get("role") == role]
-    return [Change(role, _key_of_cache(key), old, new) for key, old, new in _nearest(identity, older)]
+    return [
+        Change(role, _key_of_cache(key), old, new)
+        for key, old, new in _nearest(identity, older)
+        if not (key.startswith(_OF_THE_CODEC) and None in (old, new))  # it comes and goes with the encoding
+    ]
 
 
 def student_changes(
@@ -121,7 +127,10 @@ def _key_of_cache(key: str) -> str:
         "views.seed": "seed",
         "teacher.checkpoint_sha256": "teacher.checkpoint",
         "hand_model_sha256": "teacher.mano_model",
+        "features.codec_sha256": "the codec",
     }
+    if key.startswith("features.calibration."):
+        return key.replace("features", "cache", 1)
     if key in named:
         return named[key]
     if key.startswith("teacher.model_config."):

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.auditing import audited_snapshots
 from pipeline.caches import CacheState, cache_state
+from pipeline.calibrations import CALIBRATIONS, calibration_folder
 from pipeline.evaluating import evaluation_states
 from pipeline.experiment import Experiment
 from pipeline.ingesting import used_datasets
@@ -16,6 +17,7 @@ from pipeline.tables import bytes_below, human_bytes
 from pipeline.training import StudentState, student_states
 from pipeline.workdir import lease
 from storage.cache import CacheFolder
+from storage.config import is_fitted
 from storage.durable import remove_tree
 from storage.errors import InputError
 
@@ -37,6 +39,7 @@ def clean(experiment: Experiment, *, delete: bool) -> dict[str, Any]:
     stale = [
         *_stale_manifests(experiment),
         *_stale_caches(experiment, states),
+        *_stale_calibrations(experiment, states),
         *_stale_shards(states),
         *_stale_students(experiment, students),
         *_stale_evaluations(experiment),
@@ -62,8 +65,18 @@ def _stale_manifests(experiment: Experiment) -> Iterator[Path]:
 
 
 def _stale_caches(experiment: Experiment, states: list[CacheState]) -> Iterator[Path]:
-    kept = {state.root for state in states}
+    kept = {state.root for state in states} | {experiment.workdir.caches / CALIBRATIONS}
     yield from (path for path in sorted(experiment.workdir.caches.glob("*")) if path not in kept)
+
+
+def _stale_calibrations(experiment: Experiment, states: list[CacheState]) -> Iterator[Path]:
+    kept = {
+        calibration_folder(experiment, state.identity)
+        for state in states
+        if is_fitted(state.identity["features"]["encoding"])
+    }
+    found = sorted((experiment.workdir.caches / CALIBRATIONS).glob("*"))
+    yield from (path for path in found if path not in kept)
 
 
 def _stale_shards(states: list[CacheState]) -> Iterator[Path]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipeline.events import EventTail
 
 LINE_EVERY_S = 10.0
 
@@ -71,3 +76,19 @@ class StageProgress:
             file=sys.stderr,
             flush=True,
         )
+
+
+@contextmanager
+def views_progress(stage: str, views: int, events: Path) -> Iterator[Callable[[], None]]:
+    """Progress of teachers, who note each batch in the event log; call what it gives now and then."""
+    events.parent.mkdir(parents=True, exist_ok=True)
+    tail = EventTail(events)
+    with StageProgress(stage, views, "views") as progress:
+
+        def follow() -> None:
+            for event in tail.new():
+                progress.advance(event.get("views", 0) if event["event"] == "teach_batch" else 0)
+            progress.advance(0)
+
+        yield follow
+        follow()

@@ -123,6 +123,7 @@ def _show_cache(path: Path) -> dict[str, Any]:
     return {
         "kind": "cache",
         "path": str(path),
+        "encoding": _encoding(folder),
         "identity": folder.identity,
         "shards": len(records),
         "rows": sum(record.rows for record in records.values()),
@@ -150,6 +151,12 @@ def _show_checkpoint(path: Path) -> dict[str, Any]:
         "missing": list(found.report.missing),
         "unexpected": list(found.report.unexpected),
     }
+
+
+def _encoding(folder: CacheFolder) -> str:
+    """How the cache's features are stored, and how near to the teacher's they come back where that was measured."""
+    name, codec = folder.identity["features"]["encoding"], folder.codec()
+    return f"{name}, relative error {codec.error:.4f} at calibration" if codec.error else str(name)
 
 
 def _show_parquet(path: Path) -> dict[str, Any]:

@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pipeline.config import ClusterConfig
 from pipeline.events import append_event
 from pipeline.workdir import Claim
 from pipeline.workers import POLL_S, cluster_size, get, is_death
+from stages.answers import Forward
 from stages.config import WorkersConfig
 from stages.preparation import PreparedBatch, ShardJob, prepared_batches
+from stages.teach import teach_shard
 from storage.errors import WorkError
-from storage.ledger import ShardRecord
 
-if TYPE_CHECKING:
-    from stages.teach import Forward
+Work = Callable[[ShardJob, Iterable[PreparedBatch], Forward, Mapping[str, Any]], Any]
+"""What a teacher does with a job: (job, its batches, forward pass, provenance) -> result. `teach_shard` is one."""
 
 BATCHES_AHEAD = 3
 """Decoded batches that wait for an actor, a shard: enough to hide a slow picture, little memory (12.6 MB at 64)."""
@@ -77,17 +78,15 @@ class TeacherActor:
         )
         return teacher_forward(teacher, device), numerics(device, compiled=settings.compiled)
 
-    def teach(self, job: ShardJob, following: ShardJob | None) -> ShardRecord:
-        """Teach one shard; begin to decode the following one."""
+    def work(self, work: Work, job: ShardJob, following: ShardJob | None) -> Any:
+        """Do one job; begin to decode the following one."""
         import torch
-
-        from stages.teach import teach_shard
 
         self._start(job)
         if following is not None:
             self._start(following)
         try:
-            return teach_shard(job, self._batches(job), *self._teacher)
+            return work(job, self._batches(job), *self._teacher)
         except torch.OutOfMemoryError as error:
             raise WorkError(
                 f"the teacher ran out of GPU memory at batch size {job.settings.batch_size}: set teacher.batch_size "
@@ -147,14 +146,15 @@ class _Desk:
     following: ShardJob | None
     reference: Any = None
 
-    def begin(self) -> None:
-        self.reference = self.actor.teach.remote(self.current, self.following)
+    def begin(self, work: Work) -> None:
+        self.reference = self.actor.work.remote(work, self.current, self.following)
 
 
 @dataclass
 class _Office:
     """Hands out shards to actors until none is left."""
 
+    work: Work
     coming: Iterator[ShardJob]
     settings: TeacherSettings
     options: dict[str, Any]
@@ -176,7 +176,7 @@ class _Office:
             return
         actor = ray.remote(TeacherActor).options(**self.options).remote(self.settings)
         desk = _Desk(actor, current, self._next())
-        desk.begin()
+        desk.begin(self.work)
         self.desks.append(desk)
 
     def finished(self, desk: _Desk) -> None:
@@ -186,7 +186,7 @@ class _Office:
             self.desks.remove(desk)
             return
         desk.current, desk.following = current, self._next()
-        desk.begin()
+        desk.begin(self.work)
 
     def died(self, desk: _Desk, why: str) -> None:
         """Give a dead actor's shards back and hire another.
@@ -212,8 +212,12 @@ def teach_all(
     workers: WorkersConfig,
     cluster: ClusterConfig,
     while_waiting: Callable[[], None],
+    work: Work = teach_shard,
+    on_result: Callable[[ShardJob, Any], None] | None = None,
 ) -> None:
-    """Teach every job; jobs are taken from the iterable as actors become free.
+    """Have every job done by a teacher; jobs are taken from the iterable as actors become free.
+
+    work: what is done with each, in the actor's process. on_result: gets each job with its result, here.
 
     Raises:
         InputError: the checkpoint or a source cannot be used.
@@ -225,7 +229,7 @@ def teach_all(
     count, cpus, threads = staffing(workers, settings.gpus, *cluster_size())
     settings = replace(settings, threads=threads)
     options = {"num_cpus": cpus, "num_gpus": settings.gpus, "max_restarts": 0}
-    office = _Office(iter(jobs), settings, options, cluster.max_retries)
+    office = _Office(work, iter(jobs), settings, options, cluster.max_retries)
     for _ in range(count):
         office.hire()
     while office.desks:
@@ -233,12 +237,14 @@ def teach_all(
         while_waiting()
         for desk in [desk for desk in office.desks if desk.reference in ready]:
             try:
-                get(desk.reference)
+                result = get(desk.reference)
             except WorkError as error:
                 if not isinstance(error.__cause__, RayActorError):
                     raise
                 office.died(desk, str(error.__cause__).splitlines()[0])
             else:
+                if on_result is not None:
+                    on_result(desk.current, result)
                 office.finished(desk)
 
 

@@ -10,22 +10,27 @@ from typing import Any
 from pipeline.caches import (
     CacheState,
     cache_state,
+    feature_channels,
     forget_caches,
     hand_model_source,
     resolved_precision,
     teacher_gpus,
 )
+from pipeline.calibrating import calibrate, calibration_views
+from pipeline.calibrations import calibration_folder, fitted_codec
 from pipeline.changes import by_change, cache_changes
 from pipeline.config import Role
-from pipeline.events import EventTail, append_event
+from pipeline.events import append_event
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
-from pipeline.progress import StageProgress
+from pipeline.progress import views_progress
 from pipeline.teachers import TeacherSettings, teach_all
 from pipeline.workdir import claim_of
 from pipeline.workers import ray_session
 from stages.preparation import ShardJob
 from storage.cache import HAND_MODEL, CacheFolder
+from storage.codecs import CODEC_FILE
+from storage.config import is_fitted, token_bytes
 from storage.encodings import grid_shape
 from storage.errors import DamageError
 from storage.identity import CACHE_JSON, stored_identity
@@ -47,16 +52,19 @@ OUTPUT_BYTES = 2_400
 
 def plan_teach(experiment: Experiment) -> StagePlan:
     """Which shards the caches lack, and why."""
-    return _plan_of([cache_state(experiment, role) for role in ROLES])
+    states = [cache_state(experiment, role) for role in ROLES]
+    train = states[0]
+    return _plan_of(states, 0 if train.calibrated else calibration_views(experiment, train))
 
 
-def _plan_of(states: list[CacheState]) -> StagePlan:
+def _plan_of(states: list[CacheState], calibration: int) -> StagePlan:
+    """calibration: how many views are looked at first, where the encoding has still to be fitted."""
     jobs = [(state, name, plan) for state in states for name in state.datasets for plan in state.todo(name)]
     known = {(state.role, name) for state in states for name in state.datasets if _cached_before(state, name)}
     reasons = [_reason(state, plan, known=(state.role, name) in known) for state, name, plan in jobs]
     unscanned = sum(shards.unscanned for state in states for shards in state.datasets.values())
     removed = sum(_removed(state, name) for state in states for name in state.datasets)
-    passes = sum(plan.n_samples * state.settings.views for state, _, plan in jobs)
+    passes = sum(plan.n_samples * state.settings.views for state, _, plan in jobs) + calibration
     unseen: list[Reason] = ["new"] * unscanned
     counts = count_reasons([*reasons, *unseen])
     work = [_named(state, plan, reason) for (state, _, plan), reason in zip(jobs, reasons, strict=True)]
@@ -76,6 +84,7 @@ def _plan_of(states: list[CacheState]) -> StagePlan:
         teacher_passes=passes,
         gpu_hours=passes / _passes_per_second(states[0]) / 3600,
         why=(
+            *([_calibration_line(states[0], calibration)] * (not states[0].calibrated)),
             *by_change(changes),
             *_why(work),
             *([f"new: {unscanned} source files not scanned yet"] * bool(unscanned)),
@@ -111,6 +120,11 @@ def _why(work: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{line}, {found.total()} shards: {some}{more}"
 
 
+def _calibration_line(train: CacheState, views: int) -> str:
+    encoding = train.settings.features.encoding
+    return f"calibration first: the teacher looks at {views} views to fit {encoding}; until then no shard is there"
+
+
 def _reason(state: CacheState, plan: ShardPlan, *, known: bool) -> Reason:
     if plan.input_hash in state.damaged or state.folder.shard_path(plan.input_hash).exists():
         return "damaged"
@@ -141,16 +155,14 @@ def _removed(state: CacheState, name: str) -> int:
 
 
 def _bytes_a_view(state: CacheState) -> int:
-    width = int(state.identity["teacher"]["model_config"]["MODEL"]["BACKBONE"].get("EMBED_DIM", VIT_H[0]))
     rows, columns = grid_shape(state.settings.features.grid, (16, 12))
-    token = {"float16": 2 * width, "int8": width + 4}[state.settings.features.encoding]  # int8: and a float32 scale
-    features = rows * columns * token
+    features = rows * columns * token_bytes(state.settings.features.encoding, feature_channels(state.identity))
     return features + PICTURE_BYTES[state.settings.pictures.codec] + OUTPUT_BYTES
 
 
 def _passes_per_second(state: CacheState) -> float:
     backbone = state.identity["teacher"]["model_config"]["MODEL"]["BACKBONE"]
-    width, depth = int(backbone.get("EMBED_DIM", VIT_H[0])), int(backbone.get("DEPTH", VIT_H[1]))
+    width, depth = feature_channels(state.identity), int(backbone.get("DEPTH", VIT_H[1]))
     return PASSES_PER_GPU_SECOND * (VIT_H[0] ** 2 * VIT_H[1]) / (width**2 * depth)
 
 
@@ -159,6 +171,9 @@ def run_teach(experiment: Experiment, plan: StagePlan) -> StageResult:
     started = time.monotonic()
     states: list[CacheState] = list(plan.units)
     assert not plan.estimated, "teach runs after ingest"
+    if not states[0].calibrated:
+        calibrate(experiment, states[0], _settings(experiment))
+        states = _states_now(experiment)
     for state in states:
         _make_ready(experiment, state)
     if plan.todo:
@@ -182,9 +197,14 @@ def _states_now(experiment: Experiment) -> list[CacheState]:
 
 def _make_ready(experiment: Experiment, state: CacheState) -> None:
     """The cache's folder with its small files; leftovers of killed runs removed, whole shards of theirs adopted."""
-    if not state.folder.intact({HAND_MODEL}):
-        data = _hand_model_bytes(experiment)
-        CacheFolder.create(experiment.workdir.caches, state.identity, {HAND_MODEL: data})
+    fitted = is_fitted(state.settings.features.encoding)
+    if not state.folder.intact({HAND_MODEL, CODEC_FILE} if fitted else {HAND_MODEL}):
+        attachments = {HAND_MODEL: _hand_model_bytes(experiment)}
+        if fitted:
+            codec = fitted_codec(calibration_folder(experiment, state.identity))
+            assert codec is not None, "the cache's name says that it is there"
+            attachments[CODEC_FILE] = codec
+        CacheFolder.create(experiment.workdir.caches, state.identity, attachments)
     state.folder.sweep_temporary()
     for input_hash in state.damaged:
         state.folder.discard(input_hash)
@@ -206,17 +226,9 @@ def _teach(experiment: Experiment, states: list[CacheState]) -> None:
     if not views:
         return
     jobs = (job for state in states for job in _jobs(experiment, state))
-    tail = EventTail(experiment.workdir.events)
-
-    def follow() -> None:
-        for event in tail.new():
-            progress.advance(event.get("views", 0) if event["event"] == "teach_batch" else 0)
-        progress.advance(0)
-
-    experiment.workdir.events.parent.mkdir(parents=True, exist_ok=True)
-    with ray_session(experiment.config.cluster), StageProgress("teach", views, "views") as progress:
-        teach_all(jobs, _settings(experiment), experiment.config.teacher.workers, experiment.config.cluster, follow)
-        follow()
+    config = experiment.config
+    with ray_session(config.cluster), views_progress("teach", views, experiment.workdir.events) as follow:
+        teach_all(jobs, _settings(experiment), config.teacher.workers, config.cluster, follow)
 
 
 def _all_todo(state: CacheState) -> Iterator[ShardPlan]:

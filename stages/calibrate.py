@@ -7,8 +7,8 @@ teacher's channels, k components, d the dimensions that codes are chosen in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,8 +55,20 @@ def check_channels(encoding: str, channels: int) -> None:
         )
 
 
-def job_tokens(job: ShardJob, batches: Iterable[PreparedBatch], forward: Forward, kept: int) -> Tokens:
-    """The teacher's tokens of a job's views on the stored grid: (m,t,C), `kept` of each view, drawn by its sample's id.
+@dataclass(frozen=True, eq=False)
+class JobTokens:
+    """What a teacher saw in a job."""
+
+    tokens: Tokens
+    """(m,t,C)"""
+    provenance: Mapping[str, Any]
+    """What only moves the last bits (`stages.teach.numerics`)."""
+
+
+def job_tokens(
+    job: ShardJob, batches: Iterable[PreparedBatch], forward: Forward, provenance: Mapping[str, Any], *, kept: int
+) -> JobTokens:
+    """`kept` of the teacher's tokens of each view of a job, on the stored grid, drawn by its sample's id.
 
     A view whose features are not finite, or beyond half precision, is left out.
     """
@@ -71,7 +83,7 @@ def job_tokens(job: ShardJob, batches: Iterable[PreparedBatch], forward: Forward
             chosen = tokens_TC[np.sort(draw.permutation(len(tokens_TC))[:kept])]
             if np.abs(chosen).max() < np.finfo(np.float16).max:  # of NaN too this is False
                 found.append(chosen.astype(np.float16))
-    return np.stack(found) if found else np.empty((0, kept, 0), np.float16)
+    return JobTokens(np.stack(found) if found else np.empty((0, kept, 0), np.float16), provenance)
 
 
 def fit(tokens_mtC: Tokens, encoding: str, seed: int) -> FittedCodec:

@@ -25,7 +25,7 @@ from stages.replay import LIBRARIES, picture_libraries
 from storage import layout
 from storage.cache import CacheFolder
 from storage.codecs import as_stored
-from storage.config import FeatureGrid, is_fitted
+from storage.config import FeatureGrid
 from storage.durable import partial_path, publish_directory, remove_tree
 from storage.encodings import JPEG_SUBSAMPLING, PAPER_SIZE, bilinear_taps
 from storage.errors import DamageError
@@ -65,22 +65,19 @@ def teach_identity(
     model_config: Mapping[str, Any],
     hand_model_sha256: str,
     precision: str,
-    codec_sha256: str | None = None,
     strict_numerics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All that decides a cache's answers; its fingerprint names the cache (storage/identity.py).
+    """All that decides a cache's answers, but the codec of a fitted encoding (pipeline/calibrations.py adds it).
+
+    Its fingerprint names the cache (storage/identity.py).
 
     model_config: the keys of model_config.yaml that shape the network. precision: fp32 or bf16, never `auto`.
-    codec_sha256: of the constants of a fitted encoding; None: it has none, or they are not known yet.
     strict_numerics: the provenance, when the user wants it to count.
     """
     assert precision in ("fp32", "bf16"), precision
     pictures: dict[str, Any] = {"codec": settings.pictures.codec}
     if settings.pictures.codec == "jpeg":
         pictures |= {"quality": settings.pictures.quality, "subsampling": JPEG_SUBSAMPLING}
-    features: dict[str, Any] = {"grid": settings.features.grid, "encoding": settings.features.encoding}
-    if is_fitted(settings.features.encoding):
-        features["codec_sha256"] = codec_sha256
     identity: dict[str, Any] = {
         "format_version": layout.FORMAT_VERSION,
         "algorithm_version": TEACH_VERSION,
@@ -95,7 +92,7 @@ def teach_identity(
         "hand_model_sha256": hand_model_sha256,
         "views": {"count": settings.views, "augmentation": settings.augmentation, "seed": settings.seed},
         "pictures": pictures,
-        "features": features,
+        "features": {"grid": settings.features.grid, "encoding": settings.features.encoding},
     }
     return identity | ({"strict_numerics": dict(strict_numerics)} if strict_numerics is not None else {})
 

@@ -82,7 +82,7 @@ class CalibrationConfig(Section):
     """The pass that fits pca and codes encodings; the other encodings have none."""
 
     views: int = Field(default=4096, ge=1)
-    """At most about this many views of training samples are looked at."""
+    """About this many views of training samples are looked at: all those of each chosen sample."""
     seed: int = Field(default=0, ge=0)
     """Of the choice of samples, and of the fit."""
 

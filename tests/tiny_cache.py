@@ -193,7 +193,7 @@ def teacher(
 
 
 def tiny_codec(encoding: FeatureEncoding, channels: int) -> FittedCodec:
-    """A codec for tokens of normal numbers: random directions, random codebooks. It is a poor one, and decodes exactly."""
+    """A codec for tokens of normal numbers: random directions, random codebooks. A poor one, but one that decodes."""
     rng = np.random.default_rng(0)
     kind, number = encoding_parts(encoding)
     size = number if kind == "pca" else min(channels, 8)

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from pipeline import evaluating, ingesting, run, synthesising, teaching, training
+from pipeline import calibrating, evaluating, ingesting, run, synthesising, teaching, training
 from pipeline.config import ClusterConfig
 from pipeline.events import append_event
-from pipeline.teachers import TeacherActor, TeacherSettings
+from pipeline.teachers import TeacherActor, TeacherSettings, Work
 from pipeline.workdir import Claim
 from pipeline.workers import Resources
 from stages.config import WorkersConfig
 from stages.preparation import PreparedBatch, ShardJob, prepared_batches
+from stages.teach import teach_shard
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
@@ -28,9 +29,10 @@ def install(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "run_units", run_units)
     for module in (training, evaluating):
         patch.setattr(module, "network_resources", Resources)
-    for module in (run, ingesting, synthesising, teaching, training, evaluating):
+    for module in (run, ingesting, synthesising, calibrating, teaching, training, evaluating):
         patch.setattr(module, "ray_session", no_session)
-    patch.setattr(teaching, "teach_all", teach_all)
+    for module in (calibrating, teaching):
+        patch.setattr(module, "teach_all", teach_all)
     patch.setattr("os.fsync", lambda descriptor: None)  # most of the time, and no power is cut here
 
 
@@ -85,8 +87,12 @@ def teach_all(
     workers: WorkersConfig,
     cluster: ClusterConfig,
     while_waiting: Callable[[], None],
+    work: Work = teach_shard,
+    on_result: Callable[[ShardJob, Any], None] | None = None,
 ) -> None:
     teacher = InlineTeacher(settings)
     for job in jobs:
-        teacher.teach(job, None)
+        result = teacher.work(work, job, None)
+        if on_result is not None:
+            on_result(job, result)
     while_waiting()

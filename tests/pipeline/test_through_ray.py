@@ -20,7 +20,7 @@ from storage.errors import DamageError
 from storage.reading import open_cache
 from storage.snapshots import read_head
 from tests.tiny_cache import write_tiny_cache
-from tests.tiny_experiment import make_experiment
+from tests.tiny_experiment import configure, make_experiment
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +79,17 @@ def test_dask_on_ray_audits_to_the_same_digits_and_the_same_errors(tmp_path: Pat
     assert statistics(on_ray) == statistics(by_threads)
     assert on_ray.features.squares.tobytes() == by_threads.features.squares.tobytes()
     assert on_ray.worst == by_threads.worst
+
+
+@pytest.mark.slow  # another start of Ray; the default suite calibrates without
+def test_actors_calibrate_and_then_teach(taught: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    config, _ = taught
+    configure(config, {"cache.features": {"encoding": "codes4"}})
+    done = command(config, "run", "teach", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["stages"]["teach"]["done"] == 8
+    assert "calibrate: 24/24 views" in done.stderr
+    assert json.loads(command(config, "verify", "--json").stdout)["ok"] is True
 
 
 @pytest.mark.slow  # another start of Ray; the default suite has the same mistake without

@@ -110,7 +110,9 @@ def test_a_record_decodes_as_in_a_batch(encoding: str) -> None:
     np.testing.assert_allclose(one, as_stored(features(), codec)[2], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("encoding", "channels", "size"), [("float16", 24, 48), ("int8", 24, 28), ("pca6-int8", 24, 6)])
+@pytest.mark.parametrize(
+    ("encoding", "channels", "size"), [("float16", 24, 48), ("int8", 24, 28), ("pca6-int8", 24, 6)]
+)
 def test_token_bytes_are_those_of_the_stored_arrays(encoding: str, channels: int, size: int) -> None:
     codec = Float16Codec() if encoding == "float16" else Int8Codec() if encoding == "int8" else tiny_codec(encoding, 24)
     stored, scale = codec.encode(features((1, 1, 1, channels)))
@@ -146,7 +148,7 @@ def test_a_codec_that_the_identity_does_not_name_is_damage(tmp_path: Path, how: 
     (tmp_path / CODEC_FILE).unlink()
     if how in broken:
         (tmp_path / CODEC_FILE).write_bytes(broken[how])
-    with pytest.raises(DamageError, match="codec.safetensors is damaged"):
+    with pytest.raises(DamageError, match=r"codec\.safetensors is damaged"):
         open_codec(tmp_path, named)
 
 
@@ -158,7 +160,9 @@ def test_the_forms_of_an_encoding(encoding: str, parts: tuple[str, int]) -> None
     assert encoding_parts(encoding) == parts
 
 
-@pytest.mark.parametrize("encoding", ["", "int4", "pca-int8", "pca0-int8", "pca64", "codes0", "codes65", "int8\n", "INT8"])
+@pytest.mark.parametrize(
+    "encoding", ["", "int4", "pca-int8", "pca0-int8", "pca64", "codes0", "codes65", "int8\n", "INT8"]
+)
 def test_anything_else_is_no_encoding(encoding: str) -> None:
     with pytest.raises(ValueError, match=r"want float16, int8, pca<k>-int8 .* or codes<b>"):
         encoding_parts(encoding)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.hand_model import load_hand_model, save_hand_model
-from storage.config import FeatureGrid
+from storage.config import FeatureEncoding, FeatureGrid
 from storage.snapshots import read_head
 from tests.tiny_cache import write_tiny_cache
 from trainer.config import StudentRecipe
@@ -22,9 +22,11 @@ def pinned(cache: Path, weights: dict[str, float] | None = None) -> tuple[Pinned
     return tuple((name, cache, digest, (weights or {}).get(name, 1.0)) for name, digest in read_head(cache).items())
 
 
-def tiny_job(folder: Path, grid: FeatureGrid = "8x8-paper", **recipe: Any) -> TrainJob:
+def tiny_job(
+    folder: Path, grid: FeatureGrid = "8x8-paper", encoding: FeatureEncoding = "int8", **recipe: Any
+) -> TrainJob:
     """A job whose cache and results lie under `folder`."""
-    cache = write_tiny_cache(folder / "cache", n=10, grid=grid)
+    cache = write_tiny_cache(folder / "cache", n=10, grid=grid, encoding=encoding)
     hand_model = folder / "hand_model.safetensors"
     save_hand_model(load_hand_model("open-hand"), hand_model)
     return TrainJob(
