@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.moments import Floats, Moments
-from storage.encodings import INT8_LIMIT
+from storage.codecs import INT8_LIMIT
 
 DEAD_SHARE = 0.01
 """A channel whose deviation is less than this share of the median channel's says nothing: int8 rounds it away, since a

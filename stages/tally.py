@@ -29,7 +29,7 @@ from stages.moments import Distances, Moments
 from stages.plausibility import QUANTITIES, beyond, quantities
 from storage import layout
 from storage.cache import CacheFolder
-from storage.encodings import INT8_LIMIT
+from storage.codecs import INT8_LIMIT
 from storage.errors import DamageError
 from storage.ledger import read_record
 from storage.shard_file import ShardFile
@@ -138,7 +138,7 @@ def open_shard(root: Path, input_hash: str) -> ShardFile:
     except FileNotFoundError as error:
         gone = folder.record_path(input_hash)
         raise DamageError(f"{gone} is gone: the shard was withdrawn or cleaned; run `handstill run`") from error
-    return ShardFile(folder.shard_path(input_hash), record)
+    return ShardFile(folder.shard_path(input_hash), record, folder.codec())
 
 
 def _not_finite(arrays: Mapping[str, NDArray[Any]]) -> Counter[str]:

@@ -117,8 +117,7 @@ class CacheReader:
     @property
     def feature_shape(self) -> tuple[int, ...]:
         """(h, w, C) of a view's features, decoded."""
-        *grid, stored = self._shard(0).feature_shape
-        return (*grid, self.codec.channels(stored))
+        return self._shard(0).feature_shape
 
     def position(self, sample_id: str) -> int:
         """Position of a sample; KeyError when it is not cached."""
@@ -156,7 +155,7 @@ class CacheReader:
         batch: Batch = {layout.SAMPLE_ID: np.array([shard.sample_ids[row] for shard, row in places])}
         for name in wanted:
             if name == layout.FEATURES:
-                batch |= self._features(places, views) if decoded else _features_as_stored(places, views)
+                batch |= _features(places, views) if decoded else _features_as_stored(places, views)
             elif name == PICTURES:
                 batch[name] = _pictures(places, views)
             else:
@@ -166,14 +165,6 @@ class CacheReader:
     def picture_bytes(self, row: int, view: int) -> bytes:
         """The encoded picture of one view, checked."""
         return self._shard(row).picture_bytes(int(self._row_of[row]), view)
-
-    def _features(self, places: Sequence[tuple[ShardFile, int]], views: Sequence[int]) -> Batch:
-        out = np.empty((len(places), *self.feature_shape), dtype=np.float32)
-        for item, ((shard, row), view) in enumerate(zip(places, views, strict=True)):
-            scale = shard.small.get(layout.FEATURES_SCALE)
-            stored = shard.stored_features(row, view)
-            self.codec.decode(stored, None if scale is None else scale[row, view], out[item])
-        return {layout.FEATURES: out}
 
     def _keys(self, places: Sequence[tuple[ShardFile, int]], keys: Collection[str] | None) -> list[str]:
         shards = {id(shard): shard for shard, _ in places}.values()
@@ -213,7 +204,7 @@ class CacheReader:
         except FileNotFoundError as error:
             why = "; ".join(read_withdrawal(withdrawal_path(ledger))) or "the shard was withdrawn or cleaned"
             raise DamageError(f"{ledger} is gone: {why}; run `handstill run`") from error
-        return ShardFile(path, record)
+        return ShardFile(path, record, self.codec)
 
 
 def shards_to_keep_open() -> int:
@@ -231,9 +222,16 @@ def _has_views(name: str) -> bool:
     return name == PICTURES or (name != layout.SAMPLE_ID and layout.per_view(name))
 
 
+def _features(places: Sequence[tuple[ShardFile, int]], views: Sequence[int]) -> Batch:
+    out = np.empty((len(places), *places[0][0].feature_shape), dtype=np.float32)
+    for item, ((shard, row), view) in enumerate(zip(places, views, strict=True)):
+        shard.features_into(row, view, out[item])
+    return {layout.FEATURES: out}
+
+
 def _features_as_stored(places: Sequence[tuple[ShardFile, int]], views: Sequence[int]) -> Batch:
     first = places[0][0]
-    out = np.empty((len(places), *first.feature_shape), dtype=first.feature_dtype)
+    out = np.empty((len(places), *first.stored_shape), dtype=first.feature_dtype)
     for item, ((shard, row), view) in enumerate(zip(places, views, strict=True)):
         out[item] = shard.stored_features(row, view)
     if layout.FEATURES_SCALE not in first.small:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage import layout, zarr3
+from storage.codecs import Codec
 from storage.durable import sha256_bytes
 from storage.errors import DamageError, WorkError
 from storage.ledger import ShardRecord
@@ -25,8 +26,10 @@ from storage.shards import unpadded_ids
 class ShardFile:
     """One published shard, open for reading."""
 
-    def __init__(self, path: Path, record: ShardRecord) -> None:
+    def __init__(self, path: Path, record: ShardRecord, codec: Codec) -> None:
+        """codec: of the shard's cache (`CacheFolder.codec`)."""
         self.path = path
+        self._codec = codec
         self._record = record
         self.entries = tuple(entry.path for entry in layout.ENTRIES if self._has(entry.path))
         self._metadata = {name: self._read_metadata(name) for name in self.entries}
@@ -106,9 +109,15 @@ class ShardFile:
         return data[:body].reshape(metadata.n_records, stride)
 
     @property
-    def feature_shape(self) -> tuple[int, ...]:
-        """(h, w, c) of a record, as stored."""
+    def stored_shape(self) -> tuple[int, ...]:
+        """(h, w, c) of a record."""
         return self._metadata[layout.FEATURES].shape[2:]
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        """(h, w, C) of a record, decoded."""
+        *grid, stored = self.stored_shape
+        return (*grid, self._codec.channels(stored))
 
     @property
     def feature_dtype(self) -> np.dtype[Any]:
@@ -127,7 +136,12 @@ class ShardFile:
                 raise self.damaged(f"{layout.FEATURES}/{metadata.chunk_name}", where)
             self._features_checked[index] = True
         values: NDArray[Any] = record[: metadata.record_bytes].view(metadata.dtype.newbyteorder("<"))
-        return values.reshape(self.feature_shape)
+        return values.reshape(self.stored_shape)
+
+    def features_into(self, row: int, view: int, out: NDArray[np.float32]) -> None:
+        """Decode the features (h,w,C) of one view into `out`."""
+        scale = self.small.get(layout.FEATURES_SCALE)
+        self._codec.decode(self.stored_features(row, view), None if scale is None else scale[row, view], out)
 
     def forget_pages(self) -> None:
         """Give back the memory of what was read through the maps; what is wanted again is read from the file again.
