@@ -29,9 +29,6 @@ from storage.snapshots import read_snapshot, snapshot_path
 REMEDY = "Its checksums are right, so `handstill run` keeps it: delete that folder, then run"
 """What to do about a shard that is whole and wrong."""
 
-_JOIN = ["sample_id", "image_sha256", "labels_sha256"]
-"""What a row of a snapshot and one of a manifest must share."""
-
 
 @dataclass
 class Replays:
@@ -83,14 +80,19 @@ def replay(
     positions: Sequence[int],
     advance: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome]:
-    """Make all views of these rows again, from whichever manifest knows them; in no order."""
-    rows = _rows_of(state, reader, positions)
+    """Make all views of these rows again, from whichever manifest knows them, in order.
 
-    def look(item: tuple[_CachedRow, list[Row]]) -> Outcome:
-        return _replay_row(experiment.base, state, reader, *item)
+    A manifest that cannot be read is an outcome of its own, of no sample.
+    """
+    rows = _rows_of(state, reader, positions)
+    known, unreadable = _manifest_rows(experiment, rows)
+    yield from (Outcome("", wrong=[message]) for message in unreadable)
+
+    def look(row: _CachedRow) -> Outcome:
+        return _replay_row(experiment.base, state, reader, row, known.pop(row.join))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for outcome in pool.map(look, _with_manifest_rows(experiment, rows)):
+        for outcome in pool.map(look, rows):
             advance()
             yield outcome
 
@@ -109,6 +111,7 @@ class _CachedRow:
 
     @property
     def join(self) -> tuple[str, str, str]:
+        """What it must share with a row of a manifest."""
         return self.sample_id, self.image_sha256, self.labels_sha256
 
 
@@ -120,25 +123,32 @@ def _rows_of(state: CacheState, reader: CacheReader, positions: Sequence[int]) -
     return [_CachedRow(position, **row) for position, row in zip(positions, cached.to_pylist(), strict=True)]
 
 
-def _with_manifest_rows(
+def _manifest_rows(
     experiment: Experiment, rows: Sequence[_CachedRow]
-) -> Iterator[tuple[_CachedRow, list[dict[str, Any]]]]:
-    """Each row with those of the manifests that know the same picture and labels under its id, whatever the source.
+) -> tuple[dict[tuple[str, str, str], list[dict[str, Any]]], list[str]]:
+    """For each row those of the manifests that know its picture and labels under its id; manifests that cannot be read.
 
-    All manifests are looked through, older ones too: what was cached from them is still in the cache.
+    All manifests are looked through, older ones too: what was cached from them is still in the cache. The source may be
+    another one by now.
     """
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {row.join: [] for row in rows}
+    unreadable = []
     for dataset in sorted({row.dataset for row in rows}):
         wanted = pa.array([row.sample_id for row in rows if row.dataset == dataset])
         for path in sorted((experiment.workdir.manifests / dataset).glob("*.parquet")):
-            for known in _manifest_rows(path, wanted):
-                found.get((known["sample_id"], known["image_sha256"], known["labels_sha256"]), []).append(known)
-    for row in rows:
-        yield row, found.pop(row.join)
+            try:
+                known = _rows_in(path, wanted)
+            except DamageError as error:
+                unreadable.append(str(error))
+                continue
+            for row in known:
+                found.get((row["sample_id"], row["image_sha256"], row["labels_sha256"]), []).append(row)
+    return found, unreadable
 
 
-def _manifest_rows(path: Path, wanted: pa.Array) -> list[dict[str, Any]]:
-    here = pc.is_in(read_manifest(path, _JOIN)["sample_id"], wanted)
+def _rows_in(path: Path, wanted: pa.Array) -> list[dict[str, Any]]:
+    """The rows of one manifest with these ids; it is read in full only where it has some."""
+    here = pc.is_in(read_manifest(path, ["sample_id"])["sample_id"], wanted)
     if not pc.any(here).as_py():
         return []
     rows: list[dict[str, Any]] = read_manifest(path).filter(here).to_pylist()
@@ -151,7 +161,10 @@ def _replay_row(
     outcome = Outcome(cached.sample_id)
     for row in known:
         if labels_sha256(dict(row)) != cached.labels_sha256:
-            outcome.wrong.append(f"{row['manifest']}: the labels of {cached.sample_id} are not those of their digest")
+            outcome.wrong.append(
+                f"{row['manifest']}: the labels of {cached.sample_id} are not those of their digest. Delete it; "
+                "`handstill run` writes it again."
+            )
             continue
         try:
             photo = decode(read_photo(row, base))

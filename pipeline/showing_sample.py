@@ -86,7 +86,7 @@ def _in_one_cache(
     views = range(reader.n_views) if view is None else [view]
     if views[0] not in range(reader.n_views):
         raise InputError(f"--view: found {view}, want one of 0 to {reader.n_views - 1} ({state.role})")
-    (outcome,) = replay(experiment, state, reader, [position])
+    *_, outcome = replay(experiment, state, reader, [position])  # manifests that cannot be read come first
     remade = {made.view: (made, comparison) for _, made, comparison in outcome.views}
     shown, tiles = [], []
     for number in views:

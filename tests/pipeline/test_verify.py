@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from pipeline.verify import _choose
 from storage.cache import CacheFolder, open_cache
+from storage.manifest import read_manifest, write_manifest
 from storage.reading import CacheReader
 from tests.forging import Arrays, exchange, exchange_between, forge
 from tests.pipeline.commands import as_json, handstill
@@ -279,3 +281,22 @@ def test_a_picture_that_was_changed_in_secret_is_found_by_verify_and_by_a_rehash
     assert lab.run("teach", "--rehash") == Work(scanned=["val.npz"], shards={"val": 1})
     assert lab.plan("--rehash")["ingest"]["todo"] == 0
     assert as_json(lab.config, "verify")["sources_changed"] == []
+
+
+def test_a_damaged_manifest_is_found_and_written_again(lab: Lab) -> None:
+    manifest = next(lab.workdir.glob("manifests/beta/*.parquet"))
+    whole = manifest.read_bytes()
+    table = read_manifest(manifest)
+    labels = [[value + 1 for value in row] for row in table["betas"].to_pylist()]
+    at = table.schema.get_field_index("betas")
+    write_manifest(manifest, table.set_column(at, table.schema.field(at), pa.array(labels, table.schema.types[at])))
+    lines = damaged(lab, "--no-teacher")
+    assert len(lines) == 4
+    assert all(str(manifest) in line and "are not those of their digest" in line for line in lines)
+    manifest.write_bytes(whole[:-1])
+    (line,) = damaged(lab, "--no-teacher")
+    assert f"{manifest}: not a readable manifest" in line
+    manifest.unlink()
+    assert lab.run() == Work(scanned=["beta-000000.tar"])
+    assert manifest.read_bytes() == whole
+    assert as_json(lab.config, "verify")["ok"] is True

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from storage.cache import CacheFolder, fingerprint
+from storage.cache import CacheFolder, fingerprint, open_cache
 from storage.durable import partial_path
 from storage.errors import DamageError, InputError
 from storage.identity import cache_document
+from storage.ledger import read_withdrawal
 from storage.snapshots import read_head, write_head
+from storage.verification import verify_folder
 from tests.tiny_cache import write_tiny_cache
 
 IDENTITY = {"teacher": {"checkpoint_sha256": "ab" * 32}, "views": 3}
@@ -79,6 +82,57 @@ def test_unrecorded_damaged_shards_are_discarded(tmp_path: Path) -> None:
     assert cache.adopt().discarded == (bad,)
     assert not cache.shard_path(bad).exists()
     assert list(cache.finished()) == [good]
+
+
+def harmed_and_withdrawn(cache: CacheFolder, why: list[str]) -> str:
+    """The input hash of a shard that `verify` found damaged."""
+    bad = min(cache.finished())
+    path = cache.shard_path(bad) / "teacher/cam/c.0.0.0"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    cache.withdraw(bad, why)
+    return bad
+
+
+def test_why_a_record_was_withdrawn_is_kept_until_the_shard_is_whole_again(tmp_path: Path) -> None:
+    cache = CacheFolder(write_tiny_cache(tmp_path))
+    before = contents(cache.root)
+    why = ["shards/x.zarr/teacher/cam/c.0.0.0: has other bytes than were written"]
+    bad = harmed_and_withdrawn(cache, why)
+    assert read_withdrawal(cache.withdrawal_path(bad)) == why
+    assert cache.unrecorded() == [bad]
+    with pytest.raises(DamageError, match=r"teacher/cam/c\.0\.0\.0: has other bytes.*handstill run"):
+        open_cache(cache.root).read(list(range(12)), [0] * 12)
+    found = [str(damage) for damage in verify_folder(cache)]
+    assert any("record was withdrawn: shards/x.zarr/teacher/cam" in line for line in found)
+    whole = write_tiny_cache(tmp_path / "again")  # someone brings the shard back from elsewhere
+    shutil.copytree(whole / "shards" / f"{bad}.zarr", cache.shard_path(bad), dirs_exist_ok=True)
+    assert [record.input_hash for record in cache.adopt().adopted] == [bad]
+    assert contents(cache.root) == before
+
+
+def test_a_note_goes_with_its_shard(tmp_path: Path) -> None:
+    cache = CacheFolder(write_tiny_cache(tmp_path))
+    bad = harmed_and_withdrawn(cache, ["it"])
+    assert cache.adopt().discarded == (bad,)
+    assert not cache.withdrawal_path(bad).exists()
+    other = harmed_and_withdrawn(cache, ["it"])
+    shutil.rmtree(cache.shard_path(other))
+    assert [damage.path for damage in verify_folder(cache)] == [cache.withdrawal_path(other)]
+    cache.adopt()
+    assert not cache.withdrawal_path(other).exists()
+
+
+def test_a_damaged_note_hides_nothing(tmp_path: Path) -> None:
+    cache = CacheFolder(write_tiny_cache(tmp_path))
+    bad = harmed_and_withdrawn(cache, ["it"] * 30)
+    note = cache.withdrawal_path(bad)
+    assert read_withdrawal(note) == [*["it"] * 20, "and 10 more"]
+    note.write_bytes(note.read_bytes().replace(b"it", b"at"))
+    assert {damage.path for damage in verify_folder(cache)} == {note, cache.shard_path(bad)}
+    with pytest.raises(DamageError, match="withdrawn"):
+        open_cache(cache.root).read(list(range(12)), [0] * 12)
+    note.unlink()
+    assert [damage.path for damage in verify_folder(cache)] == [cache.shard_path(bad)]
 
 
 def test_a_damaged_record_counts_for_nothing_and_is_written_again(tmp_path: Path) -> None:

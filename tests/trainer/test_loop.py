@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import pickle
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from torch import nn
 
 from models.hand_model import load_hand_model
 from models.student import Student, StudentSpec
+from storage.cache import HAND_MODEL, CacheFolder
 from storage.errors import DamageError, InputError, WorkError
 from tests.tiny_cache import write_tiny_cache
 from tests.trainer.jobs import pinned, tiny_job
@@ -225,3 +227,33 @@ def test_the_schedule() -> None:
     assert learning_rate(cosine, 55) == pytest.approx(1.0)
     assert learning_rate(cosine, 99) < 0.01
     assert learning_rate(StudentRecipe.model_validate(job_recipe | {"schedule": "constant"}), 99) == 2.0
+
+
+@pytest.mark.parametrize(
+    "where", ["teacher/features", "pictures/bytes", "labels/keypoints_2d", "teacher/features_scale"]
+)
+def test_no_student_is_made_from_a_damaged_cache(tmp_path: Path, where: str) -> None:
+    """Whichever step meets it: the step is not made, the file is named, nothing that looks like a student is left."""
+    job, log = tiny_job(tmp_path, **HYBRID), Log()
+    shard = next(path for path in (tmp_path / "cache").glob("*/shards/*.zarr"))
+    chunk = next(path for path in (shard / where).iterdir() if path.name != "zarr.json")
+    data = bytearray(chunk.read_bytes())
+    for at in range(0, len(data), 500):  # every record and every picture, so that the first to be read is among them
+        data[at] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(DamageError, match=re.escape(str(chunk))):
+        train(job, log)
+    assert not (job.out_dir / RESULT).exists()
+    assert not (job.out_dir / "student").exists()
+
+
+def test_no_student_is_made_with_a_damaged_hand_model(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    root = next((tmp_path / "cache").glob("*"))
+    CacheFolder.create(root.parent, CacheFolder(root).identity, {HAND_MODEL: job.hand_model.read_bytes()})
+    job = dataclasses.replace(job, hand_model=root / HAND_MODEL)
+    data = bytearray(job.hand_model.read_bytes())
+    data[len(data) // 2] ^= 1
+    job.hand_model.write_bytes(data)
+    with pytest.raises(DamageError, match=re.escape(str(job.hand_model))):
+        train(job, Log())
