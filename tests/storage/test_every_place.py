@@ -5,6 +5,7 @@ A place is one file and one harm. What a reader gives in spite of it must be exa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 from storage import layout
 from storage.cache import HAND_MODEL, CacheFolder
+from storage.codecs import CODEC_FILE
+from storage.config import FeatureEncoding
 from storage.errors import DamageError
 from storage.identity import sound_attachment
 from storage.reading import Batch, open_cache
@@ -72,10 +75,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheFolder:
     return CacheFolder.create(parent, CacheFolder(root).identity, {HAND_MODEL: b"a hand model"})
 
 
-def places(cache: CacheFolder) -> Iterator[tuple[Path, str]]:
+def places(cache: CacheFolder, pattern: str = "*") -> Iterator[tuple[Path, str]]:
     """Each (file, harm) with the harm done; it is undone afterwards."""
     rng = np.random.default_rng(0)
-    for path in sorted(path for path in cache.root.rglob("*") if path.is_file()):
+    for path in sorted(path for path in cache.root.rglob(pattern) if path.is_file()):
         whole = path.read_bytes()
         for name, harm in harms(rng).items():
             harm(path)
@@ -146,3 +149,20 @@ def test_a_reader_gives_what_was_written_or_stops_and_names_the_file(cache: Cach
     never_read = {"zarr.json", *(f"{group}/zarr.json" for group in layout.GROUPS)}
     assert stopped == (SHARD_FILES | FOLDER_FILES) - never_read
     assert equal(everything(cache), true)
+
+
+@pytest.mark.parametrize("encoding", ["float16", "pca2-int8", "codes2"])
+def test_features_and_codec_of_every_encoding_are_covered(tmp_path: Path, encoding: FeatureEncoding) -> None:
+    """The other encodings store other features, and the fitted ones a codec that decodes them."""
+    cache = CacheFolder(write_tiny_cache(tmp_path, n=2, views=1, channels=4, encoding=encoding))
+    reader = open_cache(cache.root)
+    true = [reader.read([0, 1], [0, 0])]
+    found = 0
+    for pattern in (CODEC_FILE, "teacher/features*/*"):
+        for path, harm in places(cache, pattern):
+            found += 1
+            assert any(str(path) in str(damage) for damage in verify(cache)), (path, harm)
+            with pytest.raises(DamageError, match=re.escape(str(path))):
+                open_cache(cache.root).read([0, 1], [0, 0])
+    assert found >= (16 if encoding == "float16" else 24)
+    assert equal([open_cache(cache.root).read([0, 1], [0, 0])], true)
