@@ -9,6 +9,7 @@ zarr-python. Specification: zarr-specs v3.0 core, codecs bytes, crc32c 1.0, shar
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,13 +66,13 @@ class ArrayMetadata:
     @property
     def n_records(self) -> int:
         assert self.record_shape is not None
-        return int(np.prod([length // part for length, part in zip(self.shape, self.record_shape, strict=True)]))
+        return math.prod(length // part for length, part in zip(self.shape, self.record_shape, strict=True))
 
     @property
     def record_bytes(self) -> int:
         """Bytes of one record, without its crc32c."""
         assert self.record_shape is not None
-        return int(np.prod(self.record_shape)) * self.dtype.itemsize
+        return math.prod(self.record_shape) * self.dtype.itemsize
 
 
 def group_document(attributes: Mapping[str, Any]) -> bytes:
