@@ -66,7 +66,7 @@ def test_the_caches_are_those_of_a_single_process(
 
 
 def test_dask_on_ray_audits_to_the_same_digits_and_the_same_errors(tmp_path: Path) -> None:
-    root = write_tiny_cache(tmp_path, n=22, samples_per_shard=2, encoding="float16")
+    root = write_tiny_cache(tmp_path, n=22, samples_per_shard=2, encoding="pca8-int8")
     jobs = shard_jobs(AuditedCache("train", root, read_head(root)), worst=3)["tiny"]
     by_threads = tally_of(jobs, computed_by_threads(2))
     victim = next(root.glob("shards/*/teacher/features/c.*"))

@@ -60,7 +60,7 @@ def unfit(root: Path) -> list[str]:
     return [finding.what for finding in findings("train", stats_of(root)) if finding.severity == "unfit"]
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8"])
+@pytest.mark.parametrize("encoding", ["float16", "int8", "pca8-int8", "codes2"])
 def test_channels_have_the_moments_of_the_decoded_features(tmp_path: Path, encoding: Any) -> None:
     root = write_tiny_cache(tmp_path, n=11, views=2, samples_per_shard=4, encoding=encoding, quarantined=1)
     reader = open_cache(root)
