@@ -82,7 +82,9 @@ def tile(root: Path, offender: Offender) -> Image.Image:
     """The picture of one view with both hands; of the labels only the joints that count."""
     shard = open_shard(root, offender.shard)
     row, view = offender.row, offender.view
-    image = Image.fromarray(decode_picture(shard.picture_bytes(row, view))).resize((_TILE_PX, _TILE_PX))
+    image = Image.fromarray(decode_picture(shard.picture_bytes(row * shard.n_views + view))).resize(
+        (_TILE_PX, _TILE_PX)
+    )
     draw = ImageDraw.Draw(image)
     label: Any = shard.small["labels/keypoints_2d"][row, view]
     label = np.where(label[:, 2:] > MIN_CONFIDENCE_2D, label[:, :2], np.nan)

@@ -157,10 +157,13 @@ def _count_features(shard: ShardFile, counts: Counter[str]) -> Moments:
     piece = max(1, PIECE_VALUES // int(np.prod(shape)))
     decoded = np.empty((piece, *shape), np.float32)
     for rows in _pieces(len(shard.sample_ids), piece):
+        for record in range(rows.start * shard.n_views, rows.stop * shard.n_views):
+            shard.will_need(record)
         for view in range(shard.n_views):
             for place, row in enumerate(rows):
-                shard.features_into(row, view, decoded[place])
-                _count_stored(shard, row, view, counts)
+                record = row * shard.n_views + view
+                shard.features_into(record, decoded[place])
+                _count_stored(shard, record, counts)
             values_TC = decoded[: len(rows)].reshape(-1, shape[-1])
             part = Moments.of(values_TC)
             if bad := values_TC.size - int(part.count.sum()):
@@ -175,11 +178,11 @@ def _pieces(n_rows: int, piece: int) -> Iterator[range]:
         yield range(start, min(start + piece, n_rows))
 
 
-def _count_stored(shard: ShardFile, row: int, view: int, counts: Counter[str]) -> None:
+def _count_stored(shard: ShardFile, record: int, counts: Counter[str]) -> None:
     """How int8 uses its range: a token's largest channel stands at the limit, all others share what is below."""
     if shard.feature_dtype != np.int8 or layout.FEATURES_SCALE not in shard.small:
         return
-    stored, scale = shard.stored_features(row, view), shard.small[layout.FEATURES_SCALE][row, view]
+    stored, scale = shard.stored_features(record), shard.by_record[layout.FEATURES_SCALE][record]
     counts["tokens"] += scale.size
     counts["zero_scale"] += scale.size - int(np.count_nonzero(scale))
     counts["values"] += stored.size

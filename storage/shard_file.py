@@ -3,6 +3,8 @@
 Standard Zarr does not force zarr-python's path on a reader: a record of features is a slice of a memory map, found
 through the shard's own index, and its crc32c is checked once while the shard is open. Small arrays are read whole.
 Every array's metadata is checked against the shard's ledger record before any of it is believed.
+
+A record is one view of one sample: record = row * n_views + view.
 """
 
 from __future__ import annotations
@@ -33,15 +35,27 @@ class ShardFile:
         self._record = record
         self.entries = tuple(entry.path for entry in layout.ENTRIES if self._has(entry.path))
         self._metadata = {name: self._read_metadata(name) for name in self.entries}
-        self._maps: list[mmap.mmap] = []
-        self._features = self._map_features()
-        self._features_checked = np.zeros(self._metadata[layout.FEATURES].n_records, dtype=np.bool_)
-        self._pictures = self._map(layout.PICTURE_BYTES)
-        self._pictures_checked = np.zeros(self._features_checked.shape, dtype=np.bool_)
+        features = self._metadata[layout.FEATURES]
+        self.n_views: int = features.shape[1]
+        self.record_bytes = features.record_bytes
+        self.stride = features.record_bytes + zarr3.CRC_BYTES
+        """From the start of a record of features to the next: its bytes, then their crc32c."""
+        self._feature_map = self._map(layout.FEATURES)
+        self.features = self._records()
+        """All records, mapped; whoever takes one looks at `features_checked` first."""
+        self.features_checked = bytearray(features.n_records)
+        self._picture_map = self._map(layout.PICTURE_BYTES)
+        self._pictures_checked = bytearray(features.n_records)
         streamed = (layout.FEATURES, layout.PICTURE_BYTES)
         self.small: dict[str, NDArray[Any]] = {name: self._whole(name) for name in self.entries if name not in streamed}
+        self.by_record = {
+            name: values.reshape(-1, *values.shape[2:]) for name, values in self.small.items() if layout.per_view(name)
+        }
+        """Of `small`, what there is once a view, with one leading axis: record = row * n_views + view."""
+        scales = self.small.get(layout.FEATURES_SCALE)
+        self.scales: memoryview | None = None if scales is None else scales.reshape(-1).view(np.uint8).data
+        """The bytes of all scales, a record's beside the next's."""
         self.sample_ids = unpadded_ids(self.small[layout.SAMPLE_ID])
-        self.n_views: int = self._metadata[layout.FEATURES].shape[1]
 
     def _has(self, name: str) -> bool:
         return f"{name}/{zarr3.METADATA_NAME}" in self._record.files
@@ -82,13 +96,17 @@ class ShardFile:
             raise self.damaged(name, "its crc32c does not match")
         return zarr3.from_little_endian(body, metadata)
 
-    def _map(self, array: str) -> NDArray[np.uint8]:
-        """The bytes of an array's chunk file, mapped read-only."""
+    def _map(self, array: str) -> mmap.mmap:
+        """The bytes of an array's chunk file, mapped read-only.
+
+        The kernel is told that they are read at random: its own reading ahead, 8 MB around each 80 kB on some disks,
+        would read a whole shard for one record. `will_need` says what is really read next.
+        """
         name = f"{array}/{self._metadata[array].chunk_name}"
         try:
             with (self.path / name).open("rb") as file:
-                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                mapped = np.frombuffer(self._maps[-1], np.uint8)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped.madvise(mmap.MADV_RANDOM)
         except OSError as error:
             raise self._unreadable(name, error) from error
         except ValueError as error:  # an empty file
@@ -97,16 +115,24 @@ class ShardFile:
             raise self.damaged(name, f"it has {len(mapped)} bytes, not {self._record.files[name].bytes}")
         return mapped
 
-    def _map_features(self) -> NDArray[np.uint8]:
-        """The mapped records (sample * view, bytes with crc32c), after checking that the index says just that."""
+    def _records(self) -> memoryview:
+        """The mapped records, each with its crc32c, after checking that the index says just that."""
         metadata = self._metadata[layout.FEATURES]
-        data = self._map(layout.FEATURES)
-        stride = metadata.record_bytes + zarr3.CRC_BYTES
-        index = zarr3.index_bytes(metadata.record_bytes, metadata.n_records)
-        body = metadata.n_records * stride
-        if data[body:].tobytes() != index:
+        data = memoryview(self._feature_map)
+        body = metadata.n_records * self.stride
+        if data[body:].tobytes() != zarr3.index_bytes(metadata.record_bytes, metadata.n_records):
             raise self.damaged(f"{layout.FEATURES}/{metadata.chunk_name}", "its index does not match")
-        return data[:body].reshape(metadata.n_records, stride)
+        return data[:body]
+
+    def will_need(self, record: int) -> None:
+        """Begin to fetch a record's features from the disk, if they were not read before, and do not wait for them."""
+        if not self.features_checked[record]:
+            _fetch(self._feature_map, record * self.stride, self.stride)
+
+    def will_need_picture(self, record: int) -> None:
+        """The same for its picture."""
+        if not self._pictures_checked[record]:
+            _fetch(self._picture_map, *self._picture_place(record))
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -124,41 +150,54 @@ class ShardFile:
         """As stored: float16, int8 or uint8."""
         return self._metadata[layout.FEATURES].dtype
 
-    def stored_features(self, row: int, view: int) -> NDArray[Any]:
-        """The features (h,w,c) of one view as stored: a read-only piece of the memory map, checked once."""
-        metadata = self._metadata[layout.FEATURES]
-        index = row * self.n_views + view
-        record = self._features[index]
-        if not self._features_checked[index]:
-            stored_crc = int.from_bytes(record[metadata.record_bytes :].tobytes(), "little")
-            if zarr3.crc32c(record[: metadata.record_bytes]) != stored_crc:
-                where = f"the crc32c of row {row}, view {view} does not match"
-                raise self.damaged(f"{layout.FEATURES}/{metadata.chunk_name}", where)
-            self._features_checked[index] = True
-        values: NDArray[Any] = record[: metadata.record_bytes].view(metadata.dtype.newbyteorder("<"))
-        return values.reshape(self.stored_shape)
+    def check_features(self, record: int) -> None:
+        """Compare a record with its crc32c, and remember that it was right."""
+        start, end = record * self.stride, (record + 1) * self.stride
+        values = np.frombuffer(self.features[start : start + self.record_bytes], np.uint8)  # crc32c takes no memoryview
+        if zarr3.crc32c(values) != int.from_bytes(self.features[start + self.record_bytes : end], "little"):
+            row, view = divmod(record, self.n_views)
+            where = f"the crc32c of row {row}, view {view} does not match"
+            raise self.damaged(f"{layout.FEATURES}/{self._metadata[layout.FEATURES].chunk_name}", where)
+        self.features_checked[record] = True
 
-    def features_into(self, row: int, view: int, out: NDArray[np.float32]) -> None:
-        """Decode the features (h,w,C) of one view into `out`."""
-        scale = self.small.get(layout.FEATURES_SCALE)
-        self._codec.decode(self.stored_features(row, view), None if scale is None else scale[row, view], out)
+    def stored_features(self, record: int) -> NDArray[Any]:
+        """The features (h,w,c) of one record as stored: a read-only piece of the memory map, checked once."""
+        if not self.features_checked[record]:
+            self.check_features(record)
+        start = record * self.stride
+        dtype = self.feature_dtype.newbyteorder("<")
+        return np.frombuffer(self.features[start : start + self.record_bytes], dtype).reshape(self.stored_shape)
+
+    def features_into(self, record: int, out: NDArray[np.float32]) -> None:
+        """Decode the features (h,w,C) of one record into `out`."""
+        scale = self.by_record.get(layout.FEATURES_SCALE)
+        self._codec.decode(self.stored_features(record), None if scale is None else scale[record], out)
 
     def forget_pages(self) -> None:
         """Give back the memory of what was read through the maps; what is wanted again is read from the file again.
 
         For whoever reads a shard once from end to end: a process keeps what it touched of a map until the map is gone.
         """
-        for mapped in self._maps:
+        for mapped in (self._feature_map, self._picture_map):
             mapped.madvise(mmap.MADV_DONTNEED)
 
-    def picture_bytes(self, row: int, view: int) -> bytes:
-        """One encoded picture."""
-        start = int(self.small[layout.PICTURE_OFFSET][row, view])
-        data = self._pictures[start : start + int(self.small[layout.PICTURE_LENGTH][row, view])].tobytes()
-        index = row * self.n_views + view
-        if not self._pictures_checked[index]:
-            if zarr3.crc32c(data) != self.small[layout.PICTURE_CRC32C][row, view]:
+    def picture_bytes(self, record: int) -> bytes:
+        """One encoded picture, checked once."""
+        start, length = self._picture_place(record)
+        data = self._picture_map[start : start + length]
+        if not self._pictures_checked[record]:
+            if zarr3.crc32c(data) != self.by_record[layout.PICTURE_CRC32C][record]:
+                row, view = divmod(record, self.n_views)
                 name = f"{layout.PICTURE_BYTES}/{self._metadata[layout.PICTURE_BYTES].chunk_name}"
                 raise self.damaged(name, f"the crc32c of the picture of row {row}, view {view} does not match")
-            self._pictures_checked[index] = True
+            self._pictures_checked[record] = True
         return data
+
+    def _picture_place(self, record: int) -> tuple[int, int]:
+        """Where a picture starts, and its length, in bytes."""
+        return int(self.by_record[layout.PICTURE_OFFSET][record]), int(self.by_record[layout.PICTURE_LENGTH][record])
+
+
+def _fetch(mapped: mmap.mmap, start: int, length: int) -> None:
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    mapped.madvise(mmap.MADV_WILLNEED, first, start + length - first)
