@@ -49,8 +49,8 @@ class Offender:
 
 def disagreements(arrays: Arrays) -> dict[str, Floats]:
     """(n,K) of each of MEASURES; NaN where fewer than MIN_JOINTS joints are labelled, or a number is not finite."""
-    labels_2d, labels_3d = arrays["labels/keypoints_2d"], arrays["labels/keypoints_3d"]
-    said_2d, said_3d = arrays["teacher/keypoints_2d"], arrays["teacher/keypoints_3d"]
+    names = ("labels/keypoints_2d", "labels/keypoints_3d", "teacher/keypoints_2d", "teacher/keypoints_3d")
+    labels_2d, labels_3d, said_2d, said_3d = (_infinite_as_nan(arrays[name]) for name in names)
     return {
         "px": _mean(said_2d, labels_2d[..., :2], labels_2d[..., 2] > MIN_CONFIDENCE_2D) * PICTURE_SIZE_PX,
         "root_mm": _from_wrist(said_3d, labels_3d) * _MM,
@@ -58,21 +58,25 @@ def disagreements(arrays: Arrays) -> dict[str, Floats]:
     }
 
 
-def _mean(said: NDArray[Any], label: NDArray[Any], counts: NDArray[np.bool_]) -> Floats:
+def _infinite_as_nan(values: NDArray[Any]) -> Floats:
+    """As float64, in which no difference of stored numbers overflows."""
+    return np.where(np.isfinite(values), values.astype(np.float64), np.nan)
+
+
+def _mean(said: Floats, label: Floats, counts: NDArray[np.bool_]) -> Floats:
     """(n,K) mean distance over the joints (n,K,J) that count."""
     usable = (counts.sum(-1) >= MIN_JOINTS) & np.isfinite(said).all((2, 3)) & np.isfinite(label).all((2, 3))
-    far = np.linalg.norm(np.nan_to_num(said.astype(np.float64)) - np.nan_to_num(label.astype(np.float64)), axis=-1)
-    total = np.where(counts, far, 0).sum(-1)
+    total = np.where(counts, np.linalg.norm(said - label, axis=-1), 0).sum(-1)
     return np.where(usable, total / np.maximum(counts.sum(-1), 1), np.nan)
 
 
-def _from_wrist(said: NDArray[Any], label: NDArray[Any]) -> Floats:
+def _from_wrist(said: Floats, label: Floats) -> Floats:
     counts = (label[..., 3] > 0) & (label[..., :1, 3] > 0)
     points = label[..., :3]
     return _mean(said - said[:, :, :1], points - points[:, :, :1], counts)
 
 
-def _aligned(said: NDArray[Any], label: NDArray[Any]) -> Floats:
+def _aligned(said: Floats, label: Floats) -> Floats:
     """(n,K) mean distance after moving, turning and scaling the said joints on to the labelled ones."""
     counts, points = label[..., 3] > 0, label[..., :3]
     usable = (counts.sum(-1) >= MIN_JOINTS) & np.isfinite(said).all((2, 3)) & np.isfinite(points).all((2, 3))
@@ -104,10 +108,11 @@ def worst_of(found: Iterable[Offender], count: int) -> tuple[Offender, ...]:
 
 def joint_distances(ours: Arrays, our_rows: Any, theirs: Arrays, their_rows: Any, views: int) -> dict[str, Floats]:
     """(n,views) mean distance of two teachers' joints to the same samples: `px` in the picture, `mm` from the wrist."""
-    points = [arrays["teacher/keypoints_2d"][rows, :views] for arrays, rows in ((ours, our_rows), (theirs, their_rows))]
-    joints = [arrays["teacher/keypoints_3d"][rows, :views] for arrays, rows in ((ours, our_rows), (theirs, their_rows))]
+    both = ((ours, our_rows), (theirs, their_rows))
+    points = [_infinite_as_nan(arrays["teacher/keypoints_2d"][rows, :views]) for arrays, rows in both]
+    joints = [_infinite_as_nan(arrays["teacher/keypoints_3d"][rows, :views]) for arrays, rows in both]
     rooted = [each - each[:, :, :1] for each in joints]
     return {
-        "px": np.linalg.norm((points[0] - points[1]).astype(np.float64), axis=-1).mean(-1) * PICTURE_SIZE_PX,
-        "mm": np.linalg.norm((rooted[0] - rooted[1]).astype(np.float64), axis=-1).mean(-1) * _MM,
+        "px": np.linalg.norm(points[0] - points[1], axis=-1).mean(-1) * PICTURE_SIZE_PX,
+        "mm": np.linalg.norm(rooted[0] - rooted[1], axis=-1).mean(-1) * _MM,
     }

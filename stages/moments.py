@@ -49,10 +49,13 @@ class Moments:
         low, high = values.min(0), values.max(0)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             return _of_some(values.astype(np.float64), np.isfinite(values))
-        mean = values.mean(0)
-        apart = values - mean
-        squares = np.einsum("t...,t...->...", apart, apart).astype(np.float64)
-        left = apart.sum(0).astype(np.float64)  # what float32 left of the mean
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = values.mean(0)
+            apart = values - mean
+            squares = np.einsum("t...,t...->...", apart, apart).astype(np.float64)
+            left = apart.sum(0).astype(np.float64)  # what float32 left of the mean
+        if not np.isfinite(squares).all():  # beyond float32, whose squares end at 1e38
+            return _of_some(values.astype(np.float64), np.isfinite(values))
         count = np.full(low.shape, len(values), np.int64)
         return Moments(
             count, mean + left / len(values), np.maximum(squares - left**2 / len(values), 0), _f8(low), _f8(high)

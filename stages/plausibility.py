@@ -40,24 +40,28 @@ QUANTITIES: dict[str, Quantity] = {
 
 def quantities(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
     """(n,K) of every quantity; NaN where an input is not finite, which is counted elsewhere."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = _computed(arrays)
+    return {name: np.where(np.isfinite(found[name]), found[name], np.nan) for name in QUANTITIES}
+
+
+def _computed(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
     poses = np.concatenate([arrays["teacher/global_orient"], arrays["teacher/hand_pose"]], axis=2).astype(np.float64)
     points, joints = arrays["teacher/keypoints_2d"], arrays["teacher/keypoints_3d"].astype(np.float64)
-    found = {
+    return {
         "rotation_error": _rotation_error(poses),
         "beta_magnitude": np.abs(arrays["teacher/betas"]).max(-1).astype(np.float64),
         "camera_scale": arrays["teacher/cam"][..., 0].astype(np.float64),
         "frame": np.abs(points).max((2, 3)).astype(np.float64),
         "hand_size": np.linalg.norm(joints - joints[:, :, :1], axis=-1).max(-1),
     }
-    return {name: np.where(np.isfinite(found[name]), found[name], np.nan) for name in QUANTITIES}
 
 
 def _rotation_error(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
     """(n,K) of matrices (n,K,J,3,3)."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        product = np.einsum("...ji,...jk->...ik", matrices, matrices)
-        error = np.abs(product - np.eye(3)).max((-1, -2))
-        side = np.einsum("...i,...i->...", np.cross(matrices[..., 0], matrices[..., 1]), matrices[..., 2])
+    product = np.einsum("...ji,...jk->...ik", matrices, matrices)
+    error = np.abs(product - np.eye(3)).max((-1, -2))
+    side = np.einsum("...i,...i->...", np.cross(matrices[..., 0], matrices[..., 1]), matrices[..., 2])
     return np.asarray(np.where(side < 0, np.maximum(error, 2.0), error).max(-1))
 
 

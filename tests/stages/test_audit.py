@@ -124,10 +124,16 @@ def _infinite_features(values: dict[str, NDArray[Any]]) -> None:
     values["teacher/features"][0, 2, 2, 7] = np.inf
 
 
+def _infinite_joints(values: dict[str, NDArray[Any]]) -> None:
+    values["teacher/keypoints_3d"][:, 0, 2] = np.inf
+    values["teacher/keypoints_2d"][1, 4] = [np.inf, -np.inf]
+
+
 @pytest.mark.parametrize(
     ("spoil", "what"),
     [
         (_nan_camera, "not finite"),
+        (_infinite_joints, "not finite"),
         (_infinite_features, "not finite"),
         (_mirrored, "rotation_error"),
         (_sheared, "rotation_error"),
@@ -141,7 +147,9 @@ def test_impossible_values_make_a_cache_unfit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Spoil, what: str
 ) -> None:
     spoil_one_in(monkeypatch, 12, spoil)
-    assert unfit(write_tiny_cache(tmp_path, encoding="float16")) == [what]
+    root = write_tiny_cache(tmp_path, encoding="float16")
+    assert set(unfit(root)) == {what}
+    files_of({"findings": [], "caches": {}}, {"train": (root, with_overall(tallies_of(root, other=root)))})
 
 
 def test_few_odd_answers_are_only_to_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

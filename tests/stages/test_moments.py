@@ -46,6 +46,12 @@ def test_values_that_are_not_finite_are_left_out() -> None:
     assert (found.std[3], found.largest[3]) == (0, 0)
 
 
+def test_values_whose_squares_float32_cannot_hold() -> None:
+    huge = (VALUES * np.float32(1e30)).astype(np.float32)
+    found = Moments.of(huge)
+    np.testing.assert_allclose(found.std, huge.astype(np.float64).std(0), rtol=1e-5)
+
+
 def test_merging_with_nothing_changes_nothing() -> None:
     found = Moments.of(VALUES)
     for merged in (found.merged(Moments.empty((4,))), Moments.empty((4,)).merged(found)):
