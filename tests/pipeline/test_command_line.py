@@ -314,7 +314,17 @@ def test_clean_lists_and_deletes_only_what_is_stale(lab: Lab) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["check"], ["plan"], ["run"], ["status"], ["show", "teach"], ["verify"], ["compare"], ["clean", "--stale"]],
+    [
+        ["check"],
+        ["plan"],
+        ["run"],
+        ["status"],
+        ["show", "teach"],
+        ["verify"],
+        ["audit"],
+        ["compare"],
+        ["clean", "--stale"],
+    ],
     ids=" ".join,
 )
 def test_for_a_person_there_is_text(lab: Lab, arguments: list[str]) -> None:
