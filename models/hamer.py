@@ -37,7 +37,12 @@ class HamerConfig(Section):
         unresolved `${...}` included. Sizes absent from MODEL.BACKBONE mean ViT-H. Raises InputError.
         """
         tree = read_model_config(path)
-        _check(path, "MODEL.BACKBONE.TYPE", _look_up(tree, "MODEL.BACKBONE.TYPE"), "vit")
+        kind = _look_up(tree, "MODEL.BACKBONE.TYPE")
+        if kind != "vit":
+            raise InputError(
+                f"{path}: MODEL.BACKBONE.TYPE: found {kind!r}, and HaMeR's network is only 'vit'. A student of Fast-HaMeR's? "
+                "models.student.Student.load reads those."
+            )
         backbone = _look_up(tree, "MODEL.BACKBONE")
         sizes = {key.lower(): backbone[key] for key in ("EMBED_DIM", "DEPTH", "NUM_HEADS") if key in backbone}
         vit = _validated(path, "vit", VitSizes, sizes)

@@ -18,6 +18,7 @@ from storage.errors import DamageError, InputError, WorkError
 
 STAGE_NAMES = ("synthesise", "ingest", "teach", "train", "evaluate", "compare")
 Command = Callable[[argparse.Namespace], int]
+_GO_ON = "what is finished is kept, the same command goes on from there"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,23 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, WorkError, DamageError) as error:
         if arguments.verbose:
             logging.getLogger("handstill").exception("the command failed")
-        _say(f"handstill: {error}", sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return _failed(arguments, str(error), 2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing more
         return 1
     except OSError as error:  # a full disk, a folder that may not be written to
         if arguments.verbose:
             logging.getLogger("handstill").exception("the command failed")
-        _say(f"handstill: {error}; what is finished is kept, the same command goes on from there", sys.stderr)
-        return 1
+        return _failed(arguments, f"{error}; {_GO_ON}", 1)
     except KeyboardInterrupt:
         cause = stopped_by[0] if stopped_by else signal.SIGINT
-        _say(
-            f"handstill: stopped by {cause.name}; what is finished is kept, the same command goes on from there",
-            sys.stderr,
-        )
-        return 128 + cause
+        return _failed(arguments, f"stopped by {cause.name}; {_GO_ON}", 128 + cause)
+
+
+def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
+    """Say why on stderr, to a script on stdout too."""
+    _say(f"handstill: {message}", sys.stderr)
+    if arguments.json:
+        _say(json.dumps({"ok": False, "error": message, "exit_code": code}))
+    return code
 
 
 def _global_options() -> argparse.ArgumentParser:

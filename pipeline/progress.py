@@ -24,6 +24,9 @@ class StageProgress:
         self._stage, self._total, self._unit = stage, total, unit
         self._done = 0.0
         self._started = self._last_line = time.monotonic()
+        self._moving_since: float | None = None
+        """When the first of the work was done: what came before was starting up, and says nothing about the rate."""
+        self._first = 0.0
         self._bar: Progress | None = None
         self._quiet = quiet
         if sys.stderr.isatty() and not quiet:
@@ -55,20 +58,28 @@ class StageProgress:
     def advance(self, count: float = 1) -> None:
         """Count some more as done."""
         self._done += count
+        if self._done and self._moving_since is None:
+            self._moving_since, self._first = time.monotonic(), self._done
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, rate=self._rate())
         elif time.monotonic() - self._last_line > LINE_EVERY_S:
             self._say()
 
+    def _per_second(self) -> float:
+        """Since the first of the work was done; before there was a second piece, since the start."""
+        if self._moving_since is not None and self._done > self._first:
+            return (self._done - self._first) / max(time.monotonic() - self._moving_since, 1e-3)
+        return self._done / max(time.monotonic() - self._started, 1e-3)
+
     def _rate(self) -> str:
-        return f"{self._done / max(time.monotonic() - self._started, 1e-3):.1f} {self._unit}/s"
+        return f"{self._per_second():.1f} {self._unit}/s"
 
     def _say(self) -> None:
         self._last_line = time.monotonic()
         if self._quiet or self._total == 0:
             return
         seconds = self._last_line - self._started
-        left = seconds * (self._total - self._done) / self._done if self._done else float("inf")
+        left = (self._total - self._done) / self._per_second() if self._done else float("inf")
         eta = f"{left:.0f} s left" if left != float("inf") else "time left unknown"
         done = min(round(self._done), self._total)
         print(  # noqa: T201 - a log line for a person, on stderr

@@ -101,7 +101,9 @@ def status_text(document: Mapping[str, Any]) -> str:
         [name, state["done"], state["total"], state["stale"], state["quarantined"], state["last_error"] or ""]
         for name, state in document["stages"].items()
     ]
-    return table(["stage", "done", "total", "stale", "quarantined", "last error"], rows)
+    running = document["current_stage"]
+    now = "nothing is running" if running is None else f"running now: {running}"
+    return table(["stage", "done", "total", "stale", "quarantined", "last error"], rows) + f"\n{now}"
 
 
 def human_bytes(count: float) -> str:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import build_parser
+from pipeline.events import append_event
 from pipeline.showing_sample import SHOWN_PX
 from storage.reading import open_cache
 from storage.snapshots import read_head
@@ -189,6 +190,22 @@ def test_a_run_that_costs_too_much_is_refused(lab: Lab, scanned: bool) -> None:
     assert "cluster.max_gpu_hours" in answer.err
     work = work_of(events_of(lab.config, seen))
     assert (work.shards, work.trained) == ({}, [])
+
+
+def test_a_failure_is_a_document_too(lab: Lab, tmp_path: Path) -> None:
+    answer = handstill("plan", "-c", tmp_path / "nowhere.yaml", "--json")
+    assert answer.code == 2
+    assert answer.document.keys() == {"ok", "error", "exit_code"}
+    assert (answer.document["ok"], answer.document["exit_code"]) == (False, 2)
+    assert "nowhere.yaml" in answer.document["error"]
+    assert answer.document["error"] in answer.err
+    assert handstill("plan", "-c", tmp_path / "nowhere.yaml").out == ""
+
+
+def test_status_says_what_is_running(lab: Lab) -> None:
+    assert handstill("status", "-c", lab.config).out.endswith("nothing is running\n")
+    append_event(lab.workdir / "logs" / "events.jsonl", "stage_started", stage="teach")
+    assert handstill("status", "-c", lab.config).out.endswith("running now: teach\n")
 
 
 def test_status_has_the_last_error_until_the_stage_succeeds(lab: Lab) -> None:
