@@ -5,9 +5,10 @@ Shapes: B the fixed batch size, m <= B views in a batch, C channels, h x w the s
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,9 @@ Forward = Callable[[NDArray[np.uint8], FeatureGrid], Mapping[str, NDArray[Any]]]
 new arrays at each call. The grid is the forward's business because it is cheap where the features are: on the device.
 """
 
+VIEWS_ENCODED = 8
+"""Views that a thread encodes at a time: 21 MB of the full grid at 1280 channels."""
+
 BATCHES_BEHIND = 2
 """How many answered batches may wait to be stored: 63 MB each at 64 views of the full grid."""
 
@@ -39,13 +43,17 @@ def fill_shard(
 ) -> list[Quarantined]:
     """Answer every view and append every sample whose views can all be stored; returns the others, with the reason.
 
-    The forward pass stays in the calling thread (a CPU's thread settings are a thread's own); another one encodes and
-    writes, in order.
+    The forward pass stays in the calling thread (a CPU's thread settings are a thread's own); another one writes, in
+    order, while a few more encode a batch's views among them: one core encodes fewer than a GPU answers.
     """
-    filler = _Filler(job, writer, codec)
     grid = job.settings.features.grid
     waiting: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="store") as storing:
+    cores = len(os.sched_getaffinity(0))
+    with (
+        ThreadPoolExecutor(cores, thread_name_prefix="encode") as encoding,
+        ThreadPoolExecutor(1, thread_name_prefix="store") as storing,
+    ):
+        filler = _Filler(job, writer, codec, encoding)
         for batch in batches:
             outputs = run_padded(forward, batch.pictures, grid, job.settings.batch_size) if batch.views else {}
             waiting.append(storing.submit(filler.take, batch, outputs))
@@ -85,9 +93,10 @@ class _Answer:
 class _Filler:
     """Gathers the views of a sample, which may come in two batches, and appends the sample when they are all there."""
 
-    def __init__(self, job: ShardJob, writer: ShardWriter, codec: Codec) -> None:
+    def __init__(self, job: ShardJob, writer: ShardWriter, codec: Codec, encoding: Executor) -> None:
         self._settings = job.settings
         self._codec = codec
+        self._encoding = encoding
         self._writer = writer
         self.views: list[_Answer] = []
         self.left_out: list[Quarantined] = []
@@ -120,12 +129,20 @@ class _Filler:
     ) -> Iterator[tuple[dict[str, NDArray[Any]], str | None]]:
         """Each view's stored values, and why it must not be stored if it must not."""
         features_BhwC = outputs["features"]
-        sound = [self._codec.representable(view) for view in features_BhwC]
-        with np.errstate(invalid="ignore", over="ignore"):  # of a view that is not sound, and not stored
-            stored, scale = self._codec.encode(features_BhwC)
-        for item in range(len(stored)):
-            values = {layout.FEATURES: stored[item]} | ({} if scale is None else {layout.FEATURES_SCALE: scale[item]})
+        pieces = [features_BhwC[start : start + VIEWS_ENCODED] for start in range(0, len(features_BhwC), VIEWS_ENCODED)]
+        encoded = [view for piece in self._encoding.map(self._encode, pieces) for view in piece]
+        for item, (values, sound) in enumerate(encoded):
             values |= {f"teacher/{name}": outputs[name][item] for name in OUTPUTS}
             not_finite = [name for name in OUTPUTS if not np.isfinite(outputs[name][item]).all()]
-            wrong = not_finite if sound[item] else ["features", *not_finite]
+            wrong = not_finite if sound else ["features", *not_finite]
             yield values, f"not-finite: the teacher's {', '.join(wrong)}" if wrong else None
+
+    def _encode(self, features_mhwC: NDArray[np.float32]) -> list[tuple[dict[str, NDArray[Any]], bool]]:
+        """The stored features of each of a few views, and whether they may be stored."""
+        sound = [self._codec.representable(view) for view in features_mhwC]
+        with np.errstate(invalid="ignore", over="ignore"):  # of a view that is not sound, and not stored
+            stored, scale = self._codec.encode(features_mhwC)
+        views = [{layout.FEATURES: values} for values in stored]
+        if scale is not None:
+            views = [values | {layout.FEATURES_SCALE: scale[item]} for item, values in enumerate(views)]
+        return list(zip(views, sound, strict=True))
