@@ -155,6 +155,10 @@ def test_references_have_to_exist(changes: dict[str, Any], said: str) -> None:
         ({"students": {"../up": {"backbone": "x"}}}, ["students.../up", "'../up'"]),
         ({"teacher.checkpoint_sha256": "abc"}, ["teacher.checkpoint_sha256", "'abc'"]),
         ({"cluster.address": "nowhere"}, ["cluster.address", "'nowhere'"]),
+        ({"cache.features": {"encoding": "int4"}}, ["cache.features.encoding", "'int4'", "pca<k>-int8", "codes<b>"]),
+        ({"cache.features": {"encoding": "codes65"}}, ["cache.features.encoding", "'codes65'", "1 to 64"]),
+        ({"cache.features": {"encoding": 8}}, ["cache.features.encoding", "string", "8"]),
+        ({"cache.calibration": {"views": 0}}, ["cache.calibration.views", "0"]),
         ({"students.hybrid.seeds": [1]}, ["students.hybrid.seeds", "unknown key"]),
         (
             {"students.hybrid.distill": {"features": 1.0, "alignment": "geometric"}},
