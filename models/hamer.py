@@ -40,8 +40,8 @@ class HamerConfig(Section):
         kind = _look_up(tree, "MODEL.BACKBONE.TYPE")
         if kind != "vit":
             raise InputError(
-                f"{path}: MODEL.BACKBONE.TYPE: found {kind!r}, and HaMeR's network is only 'vit'. A student of Fast-HaMeR's? "
-                "models.student.Student.load reads those."
+                f"{path}: MODEL.BACKBONE.TYPE: found {kind!r}, and HaMeR's network is only 'vit'. A student of "
+                "Fast-HaMeR's? models.student.Student.load reads those."
             )
         backbone = _look_up(tree, "MODEL.BACKBONE")
         sizes = {key.lower(): backbone[key] for key in ("EMBED_DIM", "DEPTH", "NUM_HEADS") if key in backbone}

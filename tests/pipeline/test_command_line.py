@@ -359,9 +359,3 @@ def test_a_traceback_is_shown_on_request_only(lab: Lab, flag: list[str], traced:
     assert answer.code == 2
     assert ("Traceback" in answer.err) is traced
     assert "train.lr" in answer.err
-
-
-def test_an_errors_document_is_empty(lab: Lab) -> None:
-    lab.configure({"train.lr": -1.0})
-    answer = handstill("plan", "-c", lab.config, "--json")
-    assert (answer.code, answer.out) == (2, "")
