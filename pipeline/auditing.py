@@ -78,10 +78,10 @@ def _current_caches(experiment: Experiment) -> list[AuditedCache]:
 
 def _other_cache(experiment: Experiment, against: str, caches: Sequence[AuditedCache]) -> AuditedCache:
     """The cache that `--against` means."""
-    places = [Path(against).expanduser(), experiment.workdir.caches / against]
+    places = [Path(against).expanduser(), experiment.caches_folder / against]
     root = next((place for place in places if place.is_dir()), None)
     if root is None:
-        known = ", ".join(sorted(path.name for path in experiment.workdir.caches.glob("*"))) or "none"
+        known = ", ".join(sorted(path.parent.name for path in experiment.caches_folder.glob("*/cache.json"))) or "none"
         raise InputError(f"--against: found {against!r}; want a cache folder, or a fingerprint in the workdir: {known}")
     role = read_description(root.resolve())["identity"]["role"]
     snapshots = read_head(root.resolve())

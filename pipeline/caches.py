@@ -19,6 +19,7 @@ from pipeline.calibrations import is_calibrated, with_codec
 from pipeline.config import Role
 from pipeline.experiment import Experiment
 from pipeline.manifests import Manifest, ManifestIndex, manifests_of, tables_of
+from pipeline.references import own_reference
 from stages.calibrate import check_channels
 from stages.preparation import TeachSettings
 from stages.teach import teach_identity
@@ -67,6 +68,8 @@ class CacheState:
     records: Mapping[str, ShardRecord]
     damaged: frozenset[str]
     """Input hashes of finished shards whose files are not there, or not of the size they should have."""
+    published: Mapping[str, str] | None = None
+    """The snapshots that this pipeline file referred to last; None: it did not run with this cache yet."""
 
     @property
     def root(self) -> Path:
@@ -123,11 +126,16 @@ class CacheState:
 
     @property
     def head(self) -> dict[str, str]:
-        """The snapshots that the cache points at now."""
+        """The snapshots that the cache points at now; where several pipeline files use it, the last change of any."""
         try:
             return read_head(self.root)
         except DamageError:
             return {}  # it is written again at the end of the next run
+
+
+def current_snapshots(state: CacheState) -> Mapping[str, str]:
+    """The snapshots that were current when this pipeline file ran last, or that are, if it never did."""
+    return state.head if state.published is None else state.published
 
 
 def resolved_precision(experiment: Experiment) -> Literal["fp32", "bf16"]:
@@ -205,7 +213,7 @@ def _model_config(path: Path) -> dict[str, Any]:
 def stored_state(experiment: Experiment, role: Role) -> CacheState:
     """What a role's cache holds, without a look at the data sets: their sources may be gone."""
     identity = cache_identity(experiment, role)
-    folder = CacheFolder(experiment.workdir.caches / fingerprint(identity))
+    folder = CacheFolder(experiment.caches_folder / fingerprint(identity))
     records = folder.finished() if folder.ledger_dir.is_dir() else {}
     return CacheState(role, identity, _settings(experiment, role), folder, {}, records, frozenset())
 
@@ -232,7 +240,9 @@ def _read_state(experiment: Experiment, role: Role) -> CacheState:
     datasets = {name: _dataset_shards(experiment, role, name, index) for name in experiment.config.datasets_of(role)}
     plans = [plan.input_hash for shards in datasets.values() for plan in shards.plans]
     damaged = _damaged(experiment, folder, [records[item] for item in plans if item in records])
-    return replace(stored, datasets=datasets, damaged=damaged)
+    before = own_reference(experiment)
+    published = None if before is None else before.snapshots.get(folder.fingerprint)
+    return replace(stored, datasets=datasets, damaged=damaged, published=published)
 
 
 def _damaged(experiment: Experiment, folder: CacheFolder, records: list[ShardRecord]) -> frozenset[str]:

@@ -73,7 +73,7 @@ def calibration_key(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def calibration_folder(experiment: Experiment, identity: Mapping[str, Any]) -> Path:
     """Where the codec of a cache with this identity is, or will be."""
-    return experiment.workdir.caches / CALIBRATIONS / fingerprint(calibration_key(identity))
+    return experiment.caches_folder / CALIBRATIONS / fingerprint(calibration_key(identity))
 
 
 def fitted_codec(folder: Path) -> bytes | None:
@@ -89,7 +89,7 @@ def fitted_codec(folder: Path) -> bytes | None:
 def codec_of_a_cache(experiment: Experiment, identity: Mapping[str, Any]) -> bytes | None:
     """The codec that a cache with the same key holds a copy of: a calibration that was lost need not be made again."""
     key = calibration_key(identity)
-    for path in sorted(experiment.workdir.caches.glob("*/cache.json")):
+    for path in sorted(experiment.caches_folder.glob("*/cache.json")):
         folder = CacheFolder(path.parent)
         try:
             other = folder.identity

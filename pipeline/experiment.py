@@ -25,6 +25,8 @@ class Experiment:
     """A loaded configuration with its paths resolved. `limit`: a smoke run on the first samples of each set."""
 
     config: PipelineConfig
+    file: Path
+    """The configuration's own path."""
     base: Path
     workdir: Workdir
     limit: int | None = None
@@ -39,6 +41,19 @@ class Experiment:
     def digests(self) -> DigestMemory:
         """Digests of checkpoints and other single files, read once a process at most."""
         return DigestMemory(self.workdir.state / "digests.json", rehash=self.rehash)
+
+    @property
+    def caches_folder(self) -> Path:
+        """Parent of the caches; a smoke run's lie in its own workdir."""
+        root = self.config.cache.root
+        return self.workdir.caches if root is None or self.limit is not None else self.path(root)
+
+    @property
+    def cache_references(self) -> Path:
+        """Where those who use the caches' folder write down what they refer to, and lock it."""
+        if self.caches_folder == self.workdir.caches:
+            return self.workdir.references
+        return self.caches_folder / "references"
 
     @property
     def synthesised(self) -> frozenset[str]:
@@ -102,7 +117,7 @@ def open_experiment(config_path: Path, *, limit: int | None = None, rehash: bool
     config = load_config(config_path)
     base = config_path.absolute().parent
     workdir = open_workdir(config.workdir, base)
-    experiment = Experiment(config, base, workdir, rehash=rehash)
+    experiment = Experiment(config, config_path.absolute(), base, workdir, rehash=rehash)
     if limit is None:
         return experiment
     if limit < 1:

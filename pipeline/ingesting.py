@@ -18,6 +18,7 @@ from pipeline.experiment import Experiment
 from pipeline.manifests import ManifestIndex, Source, manifests_of, sources_of, tables_of
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
+from pipeline.references import others
 from pipeline.workdir import claim_of
 from pipeline.workers import Resources, ray_session, run_units
 from stages.config import DatasetConfig
@@ -64,7 +65,7 @@ def plan_ingest(experiment: Experiment) -> StagePlan:
             if manifest is None:
                 todo.append(source)
     reasons: list[Reason] = ["changed" if index.knew(source) else "new" for source in todo]
-    gone = [] if experiment.limit is not None else index.forgotten(_every_source(experiment))
+    gone = _forgotten(experiment, index)
     why = [f"{reason}: {source.path}" for reason, source in zip(reasons, todo, strict=True)]
     return StagePlan(
         total=len(named),
@@ -78,10 +79,15 @@ def plan_ingest(experiment: Experiment) -> StagePlan:
     )
 
 
-def _every_source(experiment: Experiment) -> list[Source]:
-    return [
+def _forgotten(experiment: Experiment, index: ManifestIndex) -> list[str]:
+    """Places of source files that neither this nor another pipeline file of the workdir names any more."""
+    if experiment.limit is not None:
+        return []
+    named = [
         source for name, config in used_datasets(experiment).items() for source in sources_of(experiment, name, config)
     ]
+    elsewhere = others(experiment, experiment.workdir.references).values()
+    return index.forgotten(named, {place for reference in elsewhere for place in reference.sources})
 
 
 def ingest_unit(unit: IngestUnit) -> Ingested:
@@ -108,8 +114,8 @@ def run_ingest(experiment: Experiment, plan: StagePlan) -> StageResult:
         plan = plan_ingest(experiment)
     index = ManifestIndex(experiment)
     tables = ingested(experiment, index)
-    if experiment.limit is None and index.forgotten(_every_source(experiment)):
-        index.keep_only(_every_source(experiment))
+    if forgotten := _forgotten(experiment, index):
+        index.forget(forgotten)
         index.save()
     _warn_of_shared_pictures(experiment, tables)
     samples = sum(len(table) for group in tables.values() for table in group)

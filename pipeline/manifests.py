@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -33,8 +33,12 @@ class Source:
     """Digest of what, besides the file's bytes, decides its manifest."""
 
     @property
+    def place(self) -> str:
+        return f"{self.dataset}|{self.path}"
+
+    @property
     def key(self) -> str:
-        return f"{self.dataset}|{self.path}|{self.identity}"
+        return f"{self.place}|{self.identity}"
 
     def inputs(self) -> list[Path]:
         """Every file but the pictures of an npz that the manifest is made from."""
@@ -120,9 +124,12 @@ class ManifestIndex:
         prefix = f"{source.dataset}|{source.path}|"
         return any(key.startswith(prefix) for key in self._entries)
 
-    def forgotten(self, sources: Iterable[Source]) -> list[str]:
-        """Source files that had a manifest and that the configuration no longer names."""
-        named = {f"{source.dataset}|{source.path}" for source in sources}
+    def forgotten(self, sources: Iterable[Source], elsewhere: Collection[str]) -> list[str]:
+        """Places of source files that had a manifest and that no configuration names any more.
+
+        elsewhere: the places that other pipeline files name.
+        """
+        named = {source.place for source in sources} | set(elsewhere)
         return sorted({place for key in self._entries if (place := key.rsplit("|", 1)[0]) not in named})
 
     def remember(self, source: Source, stamps: list[Stamp], manifest: Path) -> None:
@@ -133,9 +140,8 @@ class ManifestIndex:
             "pictures": pictures_signature(source, manifest) if npz else None,
         }
 
-    def keep_only(self, sources: Iterable[Source]) -> None:
-        keys = {source.key for source in sources}
-        self._entries = {key: entry for key, entry in self._entries.items() if key in keys}
+    def forget(self, places: Collection[str]) -> None:
+        self._entries = {key: entry for key, entry in self._entries.items() if key.rsplit("|", 1)[0] not in places}
 
     def save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ from pipeline.events import append_event
 from pipeline.experiment import Experiment
 from pipeline.ingesting import plan_ingest, run_ingest
 from pipeline.plan import Stage, StagePlan, StageResult
+from pipeline.referring import refer
+from pipeline.sharing import using
 from pipeline.synthesising import plan_synthesise, run_synthesise
 from pipeline.teaching import plan_teach, run_teach
 from pipeline.training import plan_train, run_train
@@ -59,7 +61,7 @@ def run_all(experiment: Experiment, last: str | None = None) -> dict[str, StageR
     if any(plan.todo for plan in plans.values()):
         check_inputs(experiment)
     _check_cost(experiment, plans)
-    with lease(experiment.workdir):
+    with lease(experiment.workdir), using(experiment.cache_references):
         sweep_leftovers(experiment.workdir)
         experiment.digests.save()
         append_event(experiment.workdir.events, "run_started", stages=[stage.name for stage in stages])
@@ -81,6 +83,8 @@ def _run_stages(experiment: Experiment, stages: Sequence[Stage], plans: dict[str
         with ray_session(experiment.config.cluster):  # one Ray for all stages
             for stage in stages:
                 results[stage.name] = _run_stage(experiment, stage)
+    if "ingest" in results:
+        refer(experiment)
     append_event(experiment.workdir.events, "run_done")
     return results
 

@@ -31,16 +31,16 @@ def show(config: Path, what: str) -> dict[str, Any]:
     if path.exists():
         return _show_path(path)
     places = {
-        "ingest": lambda work: work.manifests,
-        "teach": lambda work: work.caches,
-        "train": lambda work: work.students,
-        "evaluate": lambda work: work.evaluations,
-        "compare": lambda work: work.report,
+        "ingest": lambda experiment: experiment.workdir.manifests,
+        "teach": lambda experiment: experiment.caches_folder,
+        "train": lambda experiment: experiment.workdir.students,
+        "evaluate": lambda experiment: experiment.workdir.evaluations,
+        "compare": lambda experiment: experiment.workdir.report,
     }
     if what not in places:
         raise InputError(f"show: found {what!r}; want a path that exists, a sample's id, or one of {', '.join(places)}")
     experiment: Experiment = open_experiment(config)
-    folder = places[what](experiment.workdir)
+    folder = places[what](experiment)
     if not folder.is_dir():
         raise InputError(f"show {what}: nothing is there yet; run `handstill run {what}`")
     return {"kind": "stage", "path": str(folder), "outputs": [_brief(item) for item in _outputs(what, folder)]}

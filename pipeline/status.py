@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.caches import cache_state
+from pipeline.caches import cache_state, current_snapshots
 from pipeline.events import EventTail
 from pipeline.experiment import Experiment
 from pipeline.ingesting import ingested, quarantined
@@ -70,7 +70,7 @@ def _quarantined_at_teach(experiment: Experiment) -> int:
     for role in ROLES:
         state = cache_state(experiment, role)
         for name in state.datasets:
-            digest = state.head.get(name)
+            digest = current_snapshots(state).get(name)
             try:
                 total += 0 if digest is None else read_info(snapshot_path(state.root, digest)).quarantined
             except (DamageError, InputError):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.caches import (
     CacheState,
     cache_state,
+    current_snapshots,
     feature_channels,
     forget_caches,
     hand_model_source,
@@ -24,6 +26,8 @@ from pipeline.events import append_event
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import views_progress
+from pipeline.referring import refer
+from pipeline.sharing import ShardClaims, only_one, writing
 from pipeline.teachers import TeacherSettings, teach_all
 from pipeline.workdir import claim_of
 from pipeline.workers import ray_session
@@ -151,7 +155,7 @@ def _other_cache_has(state: CacheState, name: str) -> bool:
 def _removed(state: CacheState, name: str) -> int:
     """1 where all that is left to do for a data set is to forget samples that are gone."""
     digest = state.digests[name]
-    return int(digest is not None and state.head.get(name) not in (None, digest))
+    return int(digest is not None and current_snapshots(state).get(name) not in (None, digest))
 
 
 def _bytes_a_view(state: CacheState) -> int:
@@ -172,22 +176,31 @@ def run_teach(experiment: Experiment, plan: StagePlan) -> StageResult:
     states: list[CacheState] = list(plan.units)
     assert not plan.estimated, "teach runs after ingest"
     if not states[0].calibrated:
-        calibrate(experiment, states[0], _settings(experiment))
+        with only_one(experiment.cache_references / "calibration.lock"):
+            states = _states_now(experiment)  # another run may have done it while this one waited
+            if not states[0].calibrated:
+                calibrate(experiment, states[0], _settings(experiment))
         states = _states_now(experiment)
-    for state in states:
-        _make_ready(experiment, state)
-    if plan.todo:
-        states = _states_now(experiment)  # adopted shards are not to be done again
-        _teach(experiment, states)
+    with writing(experiment.cache_references, lambda: _sweep(states)):
         for state in states:
-            state.folder.sweep_temporary()  # of teachers that died and were replaced
-        states = _states_now(experiment)
-    for state in states:
-        _publish(state)
+            _make_ready(experiment, state)
+        if plan.todo:
+            states = _states_now(experiment)  # adopted shards are not to be done again
+            refer(experiment)  # before the work: from now on another pipeline's clean keeps its shards
+            _teach(experiment, states)
+            states = _states_now(experiment)
+        for state in states:
+            with only_one(experiment.cache_references / f"{state.fingerprint}.head.lock"):
+                _publish(state)
     counts = [state.counts(name) for state in states for name in state.datasets]
     samples, quarantined = sum(samples for samples, _ in counts), sum(left_out for _, left_out in counts)
     seconds = time.monotonic() - started
     return StageResult(plan.todo, plan.total - plan.todo, samples, samples - quarantined, quarantined, seconds)
+
+
+def _sweep(states: list[CacheState]) -> None:
+    for state in states:
+        state.folder.sweep_temporary()
 
 
 def _states_now(experiment: Experiment) -> list[CacheState]:
@@ -196,7 +209,7 @@ def _states_now(experiment: Experiment) -> list[CacheState]:
 
 
 def _make_ready(experiment: Experiment, state: CacheState) -> None:
-    """The cache's folder with its small files; leftovers of killed runs removed, whole shards of theirs adopted."""
+    """The cache's folder with its small files; damaged shards gone, whole ones of killed runs adopted."""
     fitted = is_fitted(state.settings.features.encoding)
     if not state.folder.intact({HAND_MODEL, CODEC_FILE} if fitted else {HAND_MODEL}):
         attachments = {HAND_MODEL: _hand_model_bytes(experiment)}
@@ -204,8 +217,7 @@ def _make_ready(experiment: Experiment, state: CacheState) -> None:
             codec = fitted_codec(calibration_folder(experiment, state.identity))
             assert codec is not None, "the cache's name says that it is there"
             attachments[CODEC_FILE] = codec
-        CacheFolder.create(experiment.workdir.caches, state.identity, attachments)
-    state.folder.sweep_temporary()
+        CacheFolder.create(experiment.caches_folder, state.identity, attachments)
     for input_hash in state.damaged:
         state.folder.discard(input_hash)
     for record in state.folder.adopt(state.records.keys() - state.damaged).adopted:
@@ -225,10 +237,18 @@ def _teach(experiment: Experiment, states: list[CacheState]) -> None:
     views = sum(plan.n_samples * state.settings.views for state in states for plan in _all_todo(state))
     if not views:
         return
-    jobs = (job for state in states for job in _jobs(experiment, state))
     config = experiment.config
-    with ray_session(config.cluster), views_progress("teach", views, experiment.workdir.events) as follow:
+    with (
+        ShardClaims(experiment.cache_references) as claims,
+        ray_session(config.cluster),
+        views_progress("teach", views, experiment.workdir.events) as follow,
+    ):
+        jobs = claims.take_turns((job for state in states for job in _jobs(experiment, state)), _record_of)
         teach_all(jobs, _settings(experiment), config.teacher.workers, config.cluster, follow)
+
+
+def _record_of(job: ShardJob) -> Path:
+    return CacheFolder(job.cache_root).record_path(job.input_hash)
 
 
 def _all_todo(state: CacheState) -> Iterator[ShardPlan]:
@@ -274,5 +294,8 @@ def _publish(state: CacheState) -> None:
         head[name] = digest
         if not snapshot_stands(root, digest):
             publish_snapshot(root, state.fingerprint, name, state.snapshot(name))
-    if {name: state.head.get(name) for name in head} != head:
-        write_head(root, state.head | head)
+    before = state.head
+    # Another pipeline file may have another state of a data set: HEAD.json is changed by the one that changed.
+    ours_stands = state.published == head and all(name in before for name in head)
+    if not ours_stands and {name: before.get(name) for name in head} != head:
+        write_head(root, before | head)

@@ -17,6 +17,7 @@ from pipeline.experiment import Experiment
 from pipeline.manifests import ManifestIndex, Source, changed_files, named_sources
 from pipeline.progress import StageProgress
 from pipeline.replaying import REMEDY, Replays, replay
+from pipeline.sharing import alone
 from pipeline.tables import human_bytes
 from pipeline.teaching import ROLES
 from pipeline.workdir import lease
@@ -44,6 +45,7 @@ def verify(experiment: Experiment, *, with_teacher: bool = True, with_sources: b
 
     Raises:
         InputError: there is no cache yet.
+        WorkError: a run is at work on the workdir, or on the caches that it shares.
     """
     states = [state for role in ROLES if (state := stored_state(experiment, role)).root.is_dir()]
     if not states:
@@ -51,7 +53,7 @@ def verify(experiment: Experiment, *, with_teacher: bool = True, with_sources: b
     damaged: list[str] = []
     worst, rechecked, replays = 0.0, 0, Replays()
     started = time.monotonic()
-    with lease(experiment.workdir):
+    with lease(experiment.workdir), alone(experiment.cache_references, "verify"):
         for state in states:
             damaged += [str(damage) for damage in (*verify_folder(state.folder), *_verify_shards(state))]
         seconds = time.monotonic() - started

@@ -39,7 +39,7 @@ class Workdir:
 
     @property
     def caches(self) -> Path:
-        """Parent of the caches, one folder a fingerprint."""
+        """Parent of the caches, one folder a fingerprint, unless `cache.root` names another."""
         return self.root / "cache"
 
     @property
@@ -71,6 +71,11 @@ class Workdir:
     def events(self) -> Path:
         """Append-only JSON lines: what was computed, when, by whom."""
         return self.root / "logs" / "events.jsonl"
+
+    @property
+    def references(self) -> Path:
+        """What each pipeline file with this workdir refers to; `pipeline.references`."""
+        return self.root / "references"
 
     @property
     def lease(self) -> Path:

@@ -193,11 +193,13 @@ class CacheFolder:
         """Remove a shard: its record first, then its name, then its bytes."""
         self.withdraw(input_hash)
         path = self.shard_path(input_hash)
-        if path.exists():
-            doomed = partial_path(path)
+        doomed = partial_path(path)
+        try:
             path.rename(doomed)
-            sync_directory(self.shards_dir)
-            remove_tree(doomed)
+        except FileNotFoundError:
+            return  # it has no bytes, or another run discards it too
+        sync_directory(self.shards_dir)
+        remove_tree(doomed)
         self.withdrawal_path(input_hash).unlink(missing_ok=True)
 
     def sweep_temporary(self) -> int:

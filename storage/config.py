@@ -88,9 +88,12 @@ class CalibrationConfig(Section):
 
 
 class CacheConfig(Section):
-    """What is stored for each sample. Every key here is part of the cache's identity, `calibration` of those only whose
-    encoding it fits."""
+    """What is stored for each sample. Every key but `root` is part of the cache's identity, `calibration` of those only
+    whose encoding it fits."""
 
+    root: str | None = Field(default=None, min_length=1)
+    """The folder of the caches; null: `cache` in the workdir. Pipelines that name the same folder share what they have
+    in common: a data set of one name and content that one teacher saw under the same settings is cached once."""
     views: int = Field(default=3, ge=1, le=64)
     """Teacher views a training sample: view 0 is the plain crop, the others are augmented. Evaluation sets always
     have two: the students' box and the teacher's own, wider one."""
