@@ -119,8 +119,10 @@ def peak_mib(cache: Path, memory_gib: float) -> tuple[float, float]:
 
 def own_peak(what: str, cache: Path, memory_gib: float) -> float:
     """In the fresh process: MiB at the highest."""
+    import dask.delayed
+    import dask.threaded  # noqa: F401 - what a graph needs, so that both processes have it
+
     from stages.audit import AuditedCache, computed_by_threads, partition_bytes, partitions_at_once, resident_bytes
-    from stages.tally import count_shard as _loaded  # noqa: F401 - what the workers import
     from storage.snapshots import read_head
 
     if what == "count":

@@ -6,6 +6,7 @@ from the list of shards alone and parts are merged in its order, so that every s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,8 +183,6 @@ def partitions_at_once(memory_bytes: int, taken_bytes: int, one_bytes: int, core
 
 def resident_bytes() -> int:
     """What this process holds of the machine's memory."""
-    import os
-
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, IndexError, ValueError) as error:
