@@ -46,8 +46,8 @@ Place = Literal["local", "ray"]
 def audit(experiment: Experiment, *, against: str | None = None, on: Place | None = None) -> dict[str, Any]:
     """The document of an audit (docs/format.md); computed unless it stands already.
 
-    against: a cache folder, or the fingerprint of one in the workdir. on: Dask's own threads or Ray; None: Ray where
-    the configuration names a cluster.
+    against: a cache folder, or the fingerprint of one beside the own ones. on: Dask's own threads or Ray; None: Ray
+    where the configuration names a cluster.
 
     Raises:
         InputError: there is no cache yet, or none at `against`, or the memory allowed is too little.
@@ -82,7 +82,7 @@ def _other_cache(experiment: Experiment, against: str, caches: Sequence[AuditedC
     root = next((place for place in places if place.is_dir()), None)
     if root is None:
         known = ", ".join(sorted(path.parent.name for path in experiment.caches_folder.glob("*/cache.json"))) or "none"
-        raise InputError(f"--against: found {against!r}; want a cache folder, or a fingerprint in the workdir: {known}")
+        raise InputError(f"--against: found {against!r}; want a cache folder, or one of the fingerprints: {known}")
     role = read_description(root.resolve())["identity"]["role"]
     snapshots = read_head(root.resolve())
     if not snapshots:

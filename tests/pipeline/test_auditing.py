@@ -73,11 +73,20 @@ def test_what_changed_between_two_caches(lab: Lab) -> None:
     assert "joints' distance" in (Path(document["folder"]) / "audit.md").read_text()
 
 
+def test_shared_caches_are_named_by_their_fingerprints(lab: Lab) -> None:
+    (lab.workdir / "cache").rename(lab.folder / "shared")
+    lab.configure({"cache.root": "shared"})
+    old = as_json(lab.config, "audit")["caches"]["train"]
+    assert Path(old["path"]).parent == lab.folder / "shared"
+    document = as_json(lab.config, "audit", "--against", old["fingerprint"])
+    assert document["caches"]["train"]["drift"]["beta"]["features"]["drifted"] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "said"),
     [
         ({"cache.views": 3}, [], "run `handstill run teach`"),
-        ({}, ["--against", "0123456789abcdef"], "want a cache folder, or a fingerprint in the workdir"),
+        ({}, ["--against", "0123456789abcdef"], "want a cache folder, or one of the fingerprints"),
         ({}, ["--against", "/"], "is not a cache"),
         ({"audit.memory_gib": 0.001}, [], "audit.memory_gib: found 0.00"),
     ],
