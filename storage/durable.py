@@ -131,12 +131,16 @@ def sealed_json(payload: Mapping[str, Any]) -> bytes:
 
 def read_sealed_json(path: Path) -> dict[str, Any]:
     """Read a sealed document and check every byte of it; DamageError when one is not as written."""
-    data = path.read_bytes()
+    return parse_sealed_json(path.read_bytes(), str(path))
+
+
+def parse_sealed_json(data: bytes, name: str) -> dict[str, Any]:
+    """The document in `data`, every byte checked; DamageError, naming `name`, when one is not as written."""
     found = _SEAL.search(data)
     if found is None:
-        raise DamageError(f"{path} is damaged: it does not end with its seal; run `handstill verify`")
+        raise DamageError(f"{name} is damaged: it does not end with its seal; run `handstill verify`")
     body = data[: found.start()] + b"\n}\n"
     if sha256_bytes(body) != found.group(1).decode():
-        raise DamageError(f"{path} is damaged: its bytes are not those that were sealed; run `handstill verify`")
+        raise DamageError(f"{name} is damaged: its bytes are not those that were sealed; run `handstill verify`")
     document: dict[str, Any] = json.loads(body)
     return document

@@ -23,6 +23,7 @@ from storage.encodings import PICTURE_SIZE_PX, decode_picture
 from storage.errors import DamageError, InputError
 from storage.identity import read_description
 from storage.ledger import read_record, read_withdrawal, withdrawal_path
+from storage.objects import is_url
 from storage.shard_file import ShardFile
 from storage.snapshots import HEAD_JSON, known_snapshots, read_head, read_info, read_snapshot, snapshot_path
 
@@ -109,6 +110,9 @@ class CacheReader:
     def shard_path(self, position: int) -> Path:
         """Folder of the shard that a sample is in."""
         return self.root / "shards" / f"{self._shard_names[self._shard_of[position]]}.zarr"
+
+    def prefetch(self, shard: int) -> None:
+        """Bring a shard, by its number in `shards`, near. Nothing to do here: it is on this disk."""
 
     @property
     def n_views(self) -> int:
@@ -298,12 +302,24 @@ def _stacked(name: str, places: Sequence[Place]) -> NDArray[Any]:
     return np.array([shard.small[name][row] for shard, row, _ in places])
 
 
-def open_cache(path: Path | str, snapshot: str | Mapping[str, str] | None = None) -> CacheReader:
+def open_cache(
+    path: Path | str,
+    snapshot: str | Mapping[str, str] | None = None,
+    *,
+    local: Path | None = None,
+    limit_bytes: int | None = None,
+) -> CacheReader:
     """Open a cache for reading.
 
-    path: a cache folder, or one of its snapshots (`<folder>/snapshots/<digest>.parquet`). snapshot: a digest, or
-    data set -> digest; None: the folder's current snapshots (HEAD.json). InputError when there is nothing to read.
+    path: a cache folder or its URL on an object store (s3://, gs://), or one of its snapshots
+    (`<folder>/snapshots/<digest>.parquet`). snapshot: a digest, or data set -> digest; None: the current snapshots
+    (HEAD.json). local, limit_bytes: where shards of a remote cache are kept, and how many bytes of them (64 GiB in the
+    user's cache folder unless said). InputError when there is nothing to read.
     """
+    if is_url(path):
+        from storage.remote import open_remote  # it builds on this module
+
+        return open_remote(str(path), snapshot, local, limit_bytes)
     path = Path(path)
     if path.suffix == ".parquet":
         return CacheReader(path.parent.parent, {read_info(path).dataset: path.stem})

@@ -77,6 +77,10 @@ class PriorConfig(Section):
     labels of the batch itself."""
 
 
+ShuffleKind = Literal["global", "window"]
+"""How the order of an epoch is drawn: over all samples, or over those of a window of shards at a time."""
+
+
 class TrainOptions(Section):
     """Keys of `train` that a student may override, with their defaults."""
 
@@ -105,6 +109,15 @@ class TrainOptions(Section):
     validate_every: int = Field(default=1000, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=50, ge=1)
+    shuffle: Literal["auto"] | ShuffleKind = "auto"
+    """global: any sample may come next, which wants the whole cache on a local disk. window: the samples of
+    `window_shards` shards are mixed, then those of the next ones. auto: global for local caches, window as soon as one
+    lies on an object store."""
+    window_shards: int = Field(default=16, ge=1)
+    """Of each data set, at most. Twice as many are on the local disk, 165 MB each at 512 samples of 3 views of 8x8 int8
+    features; the next ones are fetched while these are in use."""
+    disk_cache_gb: float = Field(default=64.0, gt=0)
+    """At most so many GB (1e9 bytes) of shards of remote caches are kept on the local disk."""
     loader_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Threads that read and decode ahead of the step; 0: in the training thread. auto: 1 beside training on a CPU, up
     to 8 on a GPU. The order is the same."""
@@ -130,13 +143,21 @@ class _Network(Section):
 class StudentRecipe(_Network, TrainOptions):
     """A student with nothing left open: its own keys over those of `train` over the defaults."""
 
-    def identity(self) -> dict[str, Any]:
+    def shuffle_of(self, remote: bool) -> ShuffleKind:
+        """The kind that `auto` stands for. remote: whether a cache of the mix lies on an object store."""
+        if self.shuffle != "auto":
+            return self.shuffle
+        return "window" if remote else "global"
+
+    def identity(self, remote: bool = False) -> dict[str, Any]:
         """What decides the trained weights, as JSON; the caller adds digests of the `weights` and `mocap` files."""
         exclude: dict[str, Any] = dict.fromkeys(_NO_EFFECT_ON_WEIGHTS, True) | {"prior": {"mocap"}}
-        return self.model_dump(mode="json", exclude=exclude)
+        shuffle = self.shuffle_of(remote)
+        exclude |= {"window_shards": True} if shuffle == "global" else {}
+        return self.model_dump(mode="json", exclude=exclude) | {"shuffle": shuffle}
 
 
-_NO_EFFECT_ON_WEIGHTS = {"weights", "log_every", "checkpoint_every", "loader_workers"}
+_NO_EFFECT_ON_WEIGHTS = {"weights", "log_every", "checkpoint_every", "loader_workers", "disk_cache_gb"}
 
 
 def _drop_defaults_of_train(schema: dict[str, Any]) -> None:

@@ -2,29 +2,40 @@
 
 So a resumed run continues where it stopped without any reader's state, and the number of loader threads changes
 nothing. B is the batch size; a source is one data set of the mix.
+
+Memory: 2 * workers + 1 batches at most are made and not yet used. Shards are mapped files: pages that the system may
+drop. Disk, with a window shuffle over remote caches: two windows of shards a source, the current one and the next.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import InputError
+from trainer.config import ShuffleKind
+from trainer.order import (
+    BLOCK,
+    Epochs,
+    GlobalEpochs,
+    Ints,
+    WindowEpochs,
+    block_order,
+    first_views,
+    held_out,
+    quotas,
+    random_generator,
+)
+from trainer.windows import SHARDS_AT_ONCE, WindowFetcher
 
 T = TypeVar("T")
 Batch = dict[str, NDArray[Any]]
-Ints = NDArray[np.int64]
-
-BLOCK = 1000
-"""Draws within which each source gets exactly its share: weights are honoured to a thousandth, and at least one."""
 
 LABELS = (
     "labels/keypoints_2d", "labels/keypoints_3d", "labels/global_orient", "labels/hand_pose", "labels/betas",
@@ -46,6 +57,11 @@ class Reader(Protocol):
 
     @property
     def n_views(self) -> int: ...
+
+    @property
+    def shards(self) -> NDArray[np.int32]: ...
+
+    def prefetch(self, shard: int) -> None: ...
 
     def read(
         self, rows: Sequence[int], views: Sequence[int], keys: Collection[str] | None = None, *, decoded: bool = True
@@ -78,16 +94,32 @@ class TrainMix:
         validation_fraction: float = 0.0,
         validation_samples: int = 2048,
         colour_jitter: float = 0.0,
+        shuffle: ShuffleKind = "global",
+        window_shards: int = 16,
     ) -> None:
+        """shuffle: global, or window: at most `window_shards` shards of a source are mixed at a time, and the samples
+        to validate on come from few shards."""
         self.sources = tuple(sources)
         self.batch_size, self.seed, self.keys, self.colour_jitter = batch_size, seed, tuple(keys), colour_jitter
         ids = [source.reader.ids for source in self.sources]
-        self.held_out = held_out(ids, validation_fraction, validation_samples)
+        shards = [source.reader.shards for source in self.sources]
+        among = shards if shuffle == "window" else None
+        self.held_out = held_out(ids, validation_fraction, validation_samples, among)
         self.training = [np.setdiff1d(np.arange(len(i)), out) for i, out in zip(ids, self.held_out, strict=True)]
         for source, rows in zip(self.sources, self.training, strict=True):
             if not len(rows):
                 raise InputError(f"data set {source.dataset} has no sample to train on; leave it out of train.on")
         self.quotas = tuple(quotas([source.weight for source in self.sources]))
+        names = [source.dataset for source in self.sources]
+        self._windows: list[WindowEpochs] = []
+        self._epochs: Sequence[Epochs] = [
+            GlobalEpochs(seed, name, len(rows)) for name, rows in zip(names, self.training, strict=True)
+        ]
+        if shuffle == "window":
+            self._epochs = self._windows = [
+                WindowEpochs(seed, name, s[rows], window_shards)
+                for name, s, rows in zip(names, shards, self.training, strict=True)
+            ]
 
     def draws(self, step: int) -> list[tuple[Ints, Ints]]:
         """Rows and views of step `step` (from 0), one pair a source."""
@@ -105,12 +137,23 @@ class TrainMix:
         ]
         batch = _joined(parts)
         if self.colour_jitter:
-            batch[PICTURES] = _jittered(batch[PICTURES], self.colour_jitter, _rng(self.seed, "colour", step))
+            rng = random_generator(self.seed, "colour", step)
+            batch[PICTURES] = _jittered(batch[PICTURES], self.colour_jitter, rng)
         return batch
 
     def batches(self, first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
         """Batches of steps [first_step, last_step), read ahead by `workers` threads (0: in the caller's)."""
-        return in_order(self.batch, range(first_step, last_step), workers)
+        steps = range(first_step, last_step)
+        if not self._windows:
+            yield from in_order(self.batch, steps, workers)
+            return
+        with WindowFetcher(self._windows, [source.reader for source in self.sources]) as fetcher:
+
+            def fetching_ahead(step: int) -> Batch:
+                fetcher.reached(self._numbers(step))
+                return self.batch(step)
+
+            yield from in_order(fetching_ahead, steps, workers)
 
     @property
     def validation_size(self) -> int:
@@ -119,17 +162,25 @@ class TrainMix:
 
     def validation_batches(self) -> Iterator[Batch]:
         """The held-out samples, their plain view, in the snapshots' order; the last batch may be smaller."""
-        for source, rows in zip(self.sources, self.held_out, strict=True):
-            for start in range(0, len(rows), self.batch_size):
-                chunk = rows[start : start + self.batch_size].tolist()
-                yield source.reader.read(chunk, [0] * len(chunk), self.keys, decoded=False)
+        chunks = [
+            (source.reader, rows[start : start + self.batch_size].tolist())
+            for source, rows in zip(self.sources, self.held_out, strict=True)
+            for start in range(0, len(rows), self.batch_size)
+        ]
+
+        def read(chunk: int) -> Batch:
+            reader, rows = chunks[chunk]
+            return reader.read(rows, [0] * len(rows), self.keys, decoded=False)
+
+        # Where shards may have to be fetched, several come at a time.
+        yield from in_order(read, range(len(chunks)), SHARDS_AT_ONCE if self._windows else 0)
 
     def _numbers(self, step: int) -> list[Ints]:
         """For each source, which of its own draws (counted from the run's start) fall into this step."""
         first, last = step * self.batch_size, (step + 1) * self.batch_size
         numbers: list[list[Ints]] = [[] for _ in self.sources]
         for block in range(first // BLOCK, (last - 1) // BLOCK + 1):
-            order = _block_order(self.seed, block, self.quotas)
+            order = block_order(self.seed, block, self.quotas)
             low, high = max(first - block * BLOCK, 0), min(last - block * BLOCK, BLOCK)
             for i, quota in enumerate(self.quotas):
                 before = int((order[:low] == i).sum())
@@ -143,32 +194,8 @@ class TrainMix:
         picks = np.zeros(len(numbers), np.int64)
         for epoch in np.unique(epochs).tolist():
             now = epochs == epoch
-            picks[now] = _permutation(self.seed, name, epoch, len(rows))[places[now]]
-        return rows[picks], (_first_views(self.seed, name, views, len(rows))[picks] + epochs) % views
-
-
-def quotas(weights: Sequence[float]) -> list[int]:
-    """How many of BLOCK draws each source gets: largest remainders, at least one each."""
-    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * BLOCK
-    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
-    while (missing := BLOCK - int(counts.sum())) != 0:
-        counts[np.argmax((exact - counts) * np.sign(missing))] += np.sign(missing)
-    return [int(count) for count in counts]
-
-
-def held_out(ids: Sequence[Sequence[str]], fraction: float, at_most: int) -> list[Ints]:
-    """Rows of each source to validate on: chosen by the hash of the sample's id, the same ones in every run.
-
-    A new sample never moves an old one between the two halves, unless the `at_most` smallest hashes change. With a
-    fraction above 0 at least one sample is held out, and every source keeps one to train on.
-    """
-    if not fraction:
-        return [np.zeros(0, np.int64) for _ in ids]
-    hashes = [np.array([_hash64(i) for i in source], dtype=np.uint64) for source in ids]
-    everything = np.sort(np.concatenate(hashes))
-    below = int(np.searchsorted(everything, np.uint64(fraction * 2**64)))
-    limit = everything[max(min(below, at_most), 1) - 1]
-    return [np.flatnonzero(h <= limit)[: max(len(h) - 1, 0)] for h in hashes]
+            picks[now] = self._epochs[i].picks(epoch, places[now])
+        return rows[picks], (first_views(self.seed, name, views, len(rows))[picks] + epochs) % views
 
 
 def in_order(make: Callable[[int], T], keys: Sequence[int], workers: int) -> Iterator[T]:
@@ -196,26 +223,3 @@ def _joined(parts: Sequence[Batch]) -> Batch:
 def _jittered(pictures: NDArray[np.uint8], amount: float, rng: np.random.Generator) -> NDArray[np.uint8]:
     colour = rng.uniform(1 - amount, 1 + amount, size=(len(pictures), 1, 1, 3)).astype(np.float32)
     return np.asarray(np.clip(pictures * colour, 0, 255), dtype=np.uint8)
-
-
-def _hash64(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _rng(seed: int, what: str, number: int) -> np.random.Generator:
-    return np.random.default_rng([seed, _hash64(what), number])
-
-
-@lru_cache(maxsize=64)
-def _block_order(seed: int, block: int, quota: tuple[int, ...]) -> Ints:
-    return _rng(seed, "block", block).permutation(np.repeat(np.arange(len(quota)), quota))
-
-
-@lru_cache(maxsize=32)
-def _permutation(seed: int, dataset: str, epoch: int, size: int) -> Ints:
-    return _rng(seed, f"epoch of {dataset}", epoch).permutation(size)
-
-
-@lru_cache(maxsize=32)
-def _first_views(seed: int, dataset: str, views: int, size: int) -> Ints:
-    return _rng(seed, f"views of {dataset}", 0).integers(views, size=size)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from storage.errors import DamageError
+from storage.objects import is_url
 from trainer.config import StudentRecipe
 
 CHECKPOINT = "checkpoint.pt"
@@ -21,8 +22,9 @@ RESULT = "result.json"
 """Written last: the run is done."""
 
 
-PinnedSet = tuple[str, Path, str, float]
-"""A data set of the mix at one snapshot: its name, the cache's folder, the snapshot's digest, its weight."""
+PinnedSet = tuple[str, Path | str, str, float]
+"""A data set of the mix at one snapshot: its name, the cache's folder or its URL on an object store, the snapshot's
+digest, its weight."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class TrainJob:
     seed: int
     recipe: StudentRecipe
     snapshots: tuple[PinnedSet, ...]
-    hand_model: Path
+    hand_model: Path | None
+    """None: the one that is attached to the first cache."""
     out_dir: Path
     identity: str
     """Digest of what decides the weights; a checkpoint or result of another identity is not continued."""
@@ -43,6 +46,13 @@ class TrainJob:
     """Real hands for the pose prior, already found."""
     device: str = "auto"
     """auto: the GPU if there is one."""
+    disk_cache: Path | None = None
+    """Where shards of remote caches are kept, `disk_cache_gb` of them; None: in the user's cache folder."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether a cache of the mix lies on an object store."""
+        return any(is_url(cache) for _, cache, _, _ in self.snapshots)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from models.hand_model import load_hand_model
 from models.student import Student, StudentSpec
-from storage.cache import open_cache
+from storage.cache import HAND_MODEL, open_cache
 from storage.config import FeatureGrid
 from storage.durable import (
     canonical_json,
@@ -91,7 +91,11 @@ class _Run:
     def __init__(self, job: TrainJob, callbacks: Callbacks) -> None:
         self.job, self.recipe, self.callbacks = job, job.recipe, callbacks
         self.device = torch.device(_device(job.device))
-        readers = [open_cache(root, {dataset: digest}) for dataset, root, digest, _ in job.snapshots]
+        limit_bytes = int(self.recipe.disk_cache_gb * 1e9)
+        readers = [
+            open_cache(cache, {dataset: digest}, local=job.disk_cache, limit_bytes=limit_bytes)
+            for dataset, cache, digest, _ in job.snapshots
+        ]
         self.mix = TrainMix(
             [Source(name, reader, weight) for (name, _, _, weight), reader in zip(job.snapshots, readers, strict=True)],
             batch_size=self.recipe.batch_size,
@@ -100,6 +104,8 @@ class _Run:
             validation_fraction=self.recipe.validation_fraction,
             validation_samples=self.recipe.validation_samples,
             colour_jitter=self.recipe.colour_jitter,
+            shuffle=self.recipe.shuffle_of(job.remote),
+            window_shards=self.recipe.window_shards,
         )
         kinds = {canonical_json(reader.identity["features"] | {"C": reader.feature_shape[-1]}) for reader in readers}
         if len(kinds) != 1:
@@ -109,7 +115,7 @@ class _Run:
         torch.manual_seed(job.seed)
         weights = str(job.weights) if job.weights else None
         spec = StudentSpec(backbone=self.recipe.backbone, head=self.recipe.head, weights=weights)
-        student = Student(spec, load_hand_model(sound_attachment(job.hand_model)))
+        student = Student(spec, load_hand_model(sound_attachment(job.hand_model or readers[0].root / HAND_MODEL)))
         self.module = StudentUnderTraining(student, self.recipe, cast(FeatureGrid, grid), teacher_dim, decoder)
         self.module.to(self.device).to(memory_format=self.module.memory_format)
         trained = [p for p in self.module.parameters() if p.requires_grad]

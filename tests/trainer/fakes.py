@@ -9,9 +9,14 @@ import numpy as np
 
 
 class FakeReader:
-    def __init__(self, dataset: str, samples: int, views: int = 3) -> None:
+    def __init__(self, dataset: str, samples: int, views: int = 3, shard_size: int = 8) -> None:
         self.ids = [f"{dataset}:{i:04d}#0" for i in range(samples)]
         self.n_views = views
+        self.shards = np.arange(samples, dtype=np.int32) // shard_size
+        self.prefetched: list[int] = []
+
+    def prefetch(self, shard: int) -> None:
+        self.prefetched.append(shard)
 
     def read(
         self, rows: Sequence[int], views: Sequence[int], keys: Collection[str] | None = None, *, decoded: bool = True

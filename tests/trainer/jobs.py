@@ -23,10 +23,14 @@ def pinned(cache: Path, weights: dict[str, float] | None = None) -> tuple[Pinned
 
 
 def tiny_job(
-    folder: Path, grid: FeatureGrid = "8x8-paper", encoding: FeatureEncoding = "int8", **recipe: Any
+    folder: Path,
+    grid: FeatureGrid = "8x8-paper",
+    encoding: FeatureEncoding = "int8",
+    samples_per_shard: int = 8,
+    **recipe: Any,
 ) -> TrainJob:
     """A job whose cache and results lie under `folder`."""
-    cache = write_tiny_cache(folder / "cache", n=10, grid=grid, encoding=encoding)
+    cache = write_tiny_cache(folder / "cache", n=10, grid=grid, encoding=encoding, samples_per_shard=samples_per_shard)
     hand_model = folder / "hand_model.safetensors"
     save_hand_model(load_hand_model("open-hand"), hand_model)
     return TrainJob(

@@ -7,7 +7,8 @@ import pytest
 
 from storage.errors import InputError
 from tests.trainer.fakes import FakeReader
-from trainer.data import BLOCK, Source, TrainMix, held_out, in_order, quotas
+from trainer.data import Source, TrainMix, in_order
+from trainer.order import BLOCK, held_out, quotas
 
 
 def mix(seed: int = 0, batch_size: int = 7, fraction: float = 0.2, jitter: float = 0.0) -> TrainMix:
