@@ -34,8 +34,8 @@ from storage.durable import partial_path, publish_directory, remove_tree
 
 DEFAULT_LIMIT_BYTES = 64 << 30
 GETS_AT_ONCE = 16
-"""Requests that a process has under way for shards: a shard is some seventy objects, most of them small. An estimate for
-a store that answers in tens of milliseconds; it has not been measured against one."""
+"""Requests that a process has under way for shards: a shard is some seventy objects, most of them small. An estimate
+for a store that answers in tens of milliseconds; it has not been measured against one."""
 
 GIVE_WAY_EVERY_S = 0.2
 
