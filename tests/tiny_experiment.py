@@ -70,6 +70,7 @@ CONFIG: dict[str, Any] = {
         "latency": {"batch_sizes": [1], "warmup": 0, "iterations": 1},
     },
     "compare": {"bootstrap": 100},
+    "audit": {"memory_gib": 64.0},  # counts what the process has already: all that the tests before it left there
     "tracking": {"experiment": "tiny"},
     "cluster": {"max_retries": 3},
 }

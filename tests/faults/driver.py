@@ -39,6 +39,8 @@ class Driver:
                 stderr=errors,
                 env=environment | {"OMP_NUM_THREADS": "1"},
                 start_new_session=True,
+                # a shell's background jobs, tests among them, hand down that SIGINT is to be ignored
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         return self
 

@@ -43,7 +43,7 @@ def test_a_held_workdir_refuses_others_and_names_the_holder(
 ) -> None:
     answer = handstill(*command, "-c", lab.config, "--json")
     assert answer.code == 1
-    assert answer.out == ""
+    assert answer.document["ok"] is False
     assert f'"pid": {holder.pid}' in answer.err
     assert str(lab.workdir) in answer.err
     assert "Traceback" not in answer.err
