@@ -143,7 +143,7 @@ def ours(cache: Path, payload: Payload) -> Read:
 
 def _features(reader: CacheReader, records: NDArray[np.int64]) -> Array:
     rows, views = np.divmod(records, VIEWS)
-    batch = reader.read(rows.tolist(), views.tolist(), [layout.FEATURES], decoded=False)
+    batch = reader.read(rows, views, [layout.FEATURES], decoded=False)
     found: Array = batch[layout.FEATURES]
     return found
 
@@ -154,7 +154,7 @@ def ours_decoded(cache: Path) -> Read:
 
     def read(records: NDArray[np.int64]) -> Array:
         rows, views = np.divmod(records, VIEWS)
-        found: Array = reader.read(rows.tolist(), views.tolist(), [layout.FEATURES])[layout.FEATURES]
+        found: Array = reader.read(rows, views, [layout.FEATURES])[layout.FEATURES]
         return found
 
     return read

@@ -39,6 +39,7 @@ _READERS = 8
 """A process may read so many data sets at once before they run out of open files."""
 
 Batch = dict[str, NDArray[Any]]
+Indices = Sequence[int] | NDArray[np.int64]
 Place = tuple[ShardFile, int, int]
 """Shard, row, record (`storage.shard_file`)."""
 
@@ -145,8 +146,8 @@ class CacheReader:
 
     def read(
         self,
-        rows: Sequence[int],
-        views: Sequence[int],
+        rows: Indices,
+        views: Indices,
         keys: Collection[str] | None = None,
         *,
         decoded: bool = True,

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import InputError
+from storage.reading import Indices
 from trainer.config import ShuffleKind
 from trainer.order import (
     BLOCK,
@@ -64,7 +65,7 @@ class Reader(Protocol):
     def prefetch(self, shard: int) -> None: ...
 
     def read(
-        self, rows: Sequence[int], views: Sequence[int], keys: Collection[str] | None = None, *, decoded: bool = True
+        self, rows: Indices, views: Indices, keys: Collection[str] | None = None, *, decoded: bool = True
     ) -> Batch: ...
 
 
@@ -131,7 +132,7 @@ class TrainMix:
         Features come as they are stored: whoever trains multiplies them by `teacher/features_scale`, where it trains.
         """
         parts = [
-            source.reader.read(rows.tolist(), views.tolist(), self.keys, decoded=False)
+            source.reader.read(rows, views, self.keys, decoded=False)
             for source, (rows, views) in zip(self.sources, self.draws(step), strict=True)
             if len(rows)
         ]

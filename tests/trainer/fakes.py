@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+
+from storage.reading import Indices
 
 
 class FakeReader:
@@ -19,7 +21,7 @@ class FakeReader:
         self.prefetched.append(shard)
 
     def read(
-        self, rows: Sequence[int], views: Sequence[int], keys: Collection[str] | None = None, *, decoded: bool = True
+        self, rows: Indices, views: Indices, keys: Collection[str] | None = None, *, decoded: bool = True
     ) -> dict[str, Any]:
         pictures = np.zeros((len(rows), 4, 4, 3), np.uint8) + 100
         return {
