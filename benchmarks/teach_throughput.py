@@ -76,7 +76,7 @@ def kinds(quick: bool, gpu: bool) -> list[Kind]:
     if gpu:
         return [Kind("ViT-H", VIT_H, 64, 4096), Kind("small", SMALL, 64, 4096)]
     big = Kind("ViT-H of 2 blocks", HamerConfig(vit=VitSizes(depth=2)), 8, 32) if quick else Kind("ViT-H", VIT_H, 8, 8)
-    return [big, Kind("small", SMALL, 8, 128 if quick else 512)]
+    return [big, Kind("small", SMALL, 8, 128 if quick else 256)]
 
 
 def write_teacher(folder: Path, config: HamerConfig) -> int:
