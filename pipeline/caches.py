@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
@@ -237,21 +238,26 @@ def _read_state(experiment: Experiment, role: Role) -> CacheState:
     index = ManifestIndex(experiment)
     stored = stored_state(experiment, role)
     folder, records = stored.folder, stored.records
-    datasets = {name: _dataset_shards(experiment, role, name, index) for name in experiment.config.datasets_of(role)}
+    names = experiment.config.datasets_of(role)
+    with ThreadPoolExecutor(1, thread_name_prefix="look") as pool:  # it waits for the disk while manifests are read
+        ours = [record for record in records.values() if record.dataset in names]
+        looking = pool.submit(damaged_shards, folder, ours)
+        datasets = {name: _dataset_shards(experiment, role, name, index) for name in names}
+        looked_damaged = looking.result()
     plans = [plan.input_hash for shards in datasets.values() for plan in shards.plans]
-    damaged = _damaged(experiment, folder, [records[item] for item in plans if item in records])
+    wanted = [records[item] for item in plans if item in records]
+    damaged = looked_damaged & frozenset(plans) | _changed(experiment, folder, wanted, looked_damaged)
     before = own_reference(experiment)
     published = None if before is None else before.snapshots.get(folder.fingerprint)
     return replace(stored, datasets=datasets, damaged=damaged, published=published)
 
 
-def _damaged(experiment: Experiment, folder: CacheFolder, records: list[ShardRecord]) -> frozenset[str]:
-    """By names and sizes; when asked to hash everything again, by every byte, once a process."""
-    damaged = damaged_shards(folder, records)
-    if not experiment.rehash:
-        return damaged
+def _changed(
+    experiment: Experiment, folder: CacheFolder, records: list[ShardRecord], damaged: frozenset[str]
+) -> frozenset[str]:
+    """Beyond names and sizes: when asked to hash everything again, what differs by any byte, once a process."""
     changed = set()
-    for record in records:
+    for record in records if experiment.rehash else ():
         key = f"{folder.fingerprint}/{record.input_hash}"
         if key in experiment.reread or record.input_hash in damaged:
             continue
@@ -259,7 +265,7 @@ def _damaged(experiment: Experiment, folder: CacheFolder, records: list[ShardRec
             changed.add(record.input_hash)
         else:
             experiment.reread.add(key)
-    return damaged | changed
+    return frozenset(changed)
 
 
 def _strict_numerics(experiment: Experiment) -> Mapping[str, Any] | None:
