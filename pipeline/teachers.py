@@ -79,14 +79,12 @@ class TeacherActor:
         return teacher_forward(teacher, device), numerics(device, compiled=settings.compiled)
 
     def work(self, work: Work, job: ShardJob, following: ShardJob | None) -> Any:
-        """Do one job; begin to decode the following one."""
+        """Do one job; begin to decode the following one meanwhile."""
         import torch
 
         self._start(job)
-        if following is not None:
-            self._start(following)
         try:
-            return work(job, self._batches(job), *self._teacher)
+            return work(job, self._batches(job, following), *self._teacher)
         except torch.OutOfMemoryError as error:
             raise WorkError(
                 f"the teacher ran out of GPU memory at batch size {job.settings.batch_size}: set teacher.batch_size "
@@ -99,13 +97,19 @@ class TeacherActor:
         if job.input_hash not in self._started:
             self._started[job.input_hash] = _decode(job)
 
-    def _batches(self, job: ShardJob) -> Iterator[PreparedBatch]:
-        """The decoded batches of a shard that was started. Where the decoding dies, it is begun again."""
+    def _batches(self, job: ShardJob, following: ShardJob | None) -> Iterator[PreparedBatch]:
+        """The decoded batches of a shard that was started. Where the decoding dies, it is begun again.
+
+        The following shard's decoding begins once this one's has given a batch: Ray starts tasks in any order, and the
+        following one, on the only core and held back with its batches unread, would keep this one from ever beginning.
+        """
         taken = 0
         for retries_left in range(self._settings.decode_retries, -1, -1):
             try:
                 for reference in islice(self._started[job.input_hash], taken, None):
                     batch: PreparedBatch = get(reference)
+                    if following is not None:
+                        self._start(following)
                     yield batch
                     taken += 1
                     append_event(self._events, "teach_batch", unit=job.input_hash, views=len(batch.views))

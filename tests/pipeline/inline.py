@@ -75,7 +75,7 @@ class InlineTeacher(TeacherActor):
     def _start(self, job: ShardJob) -> None:
         pass
 
-    def _batches(self, job: ShardJob) -> Iterator[PreparedBatch]:
+    def _batches(self, job: ShardJob, following: ShardJob | None) -> Iterator[PreparedBatch]:
         for batch in prepared_batches(job):
             yield batch
             append_event(self._events, "teach_batch", unit=job.input_hash, views=len(batch.views))
