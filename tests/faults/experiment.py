@@ -16,6 +16,7 @@ STEPS = 6
 CHANGES: dict[str, Any] = {
     "workdir": "calm",
     "cache.samples_per_shard": 8,
+    "teacher.batch_size": 2,  # more batches a shard than are decoded ahead of a teacher that stands still
     "students.plain!": None,
     "students.hybrid.on": ["alpha"],
     "train.on": ["alpha"],
@@ -25,7 +26,7 @@ CHANGES: dict[str, Any] = {
 
 
 def prepare(folder: Path) -> Path:
-    """Tars, teacher and `calm.yaml`: six shards of four batches to train on, one student."""
+    """Tars, teacher and `calm.yaml`: six shards of eight batches to train on, one student."""
     config = make_experiment(folder, CHANGES).rename(folder / "calm.yaml")
     for index in (0, 1):
         write_hands(tar_path(folder, "alpha", index), "alpha", index, count=24)

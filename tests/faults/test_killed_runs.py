@@ -31,7 +31,6 @@ from tests.faults.experiment import SHARDS, STEPS, beside, leftovers, prepare, r
 from tests.tiny_experiment import configure
 
 TRAIN = ("run", "train")
-TEACHER_NOTICES_IN_S = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +120,16 @@ def after_a_checkpoint(story: Story, late: LateWorker) -> None:
 
 
 def kill_a_decoder(driver: Driver) -> None:
-    """Kill the process that decodes ahead; where it was done already, the next one."""
-    last = 0.0
-
-    def died() -> bool:
-        nonlocal last
-        if time.monotonic() - last > TEACHER_NOTICES_IN_S and (
-            decoders := workers_of(driver.process.pid, "prepared_batches")
-        ):
+    """Kill a process that decodes ahead while its teacher stands still, so that it cannot have done all by then."""
+    while True:
+        teacher = driver.freeze_inside_a_shard()["pid"]
+        decoders = workers_of(driver.process.pid, "prepared_batches")
+        if decoders:
             send(decoders[0], signal.SIGKILL)
-            last = time.monotonic()
-        return any(event["event"] == "decoding_died" for event in driver.events()[driver.seen :])
-
-    driver.wait_until(died, "a decoder that dies")
+        send(teacher, signal.SIGCONT)
+        if decoders:
+            break
+    driver.wait_for("decoding_died")
 
 
 def test_what_was_killed_and_went_on_ends_with_the_same_bytes(calm: Path, story: Story) -> None:
