@@ -97,6 +97,12 @@ class TrainOptions(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU (bf16 is slower than fp32 on CPUs we measured)."""
     channels_last: bool = True
+    compile: bool = False
+    """Run the student through torch.compile: minutes before the first step, and it wants a C++ compiler there. Moves
+    the losses' last bits, so it is part of the student's identity."""
+    average: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, e.g. 0.999: the average is what is validated and kept.
+    Its first steps count less (at step n at most 1 - n^(-2/3)). null: the last weights are."""
     colour_jitter: float = Field(default=0.0, ge=0, le=0.5)
     """Extra colour scaling beyond the stored view; the teacher did not see it, so it is off."""
     loss: LossWeights = LossWeights()

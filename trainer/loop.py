@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -37,6 +38,7 @@ from storage.durable import (
 )
 from storage.errors import DamageError, InputError, WorkError
 from storage.identity import sound_attachment
+from trainer.averaging import WeightAverage
 from trainer.config import StudentRecipe
 from trainer.data import PICTURES, Batch, Source, TrainMix
 from trainer.features import feature_decoder
@@ -121,6 +123,10 @@ class _Run:
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay)
         self.prior = self._prior()
+        self.average = WeightAverage(self.module, self.recipe.average)
+        if self.recipe.compile:
+            _refuse_to_compile_in_vain()
+            self.module.student.compile()
         self.step = 0
         self.best_step = 0
         self.best: dict[str, float] = {}
@@ -175,6 +181,7 @@ class _Run:
         if state.get("identity") == self.job.identity:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.average.load_state_dict(state["average"])
             if self.prior is not None:
                 self.prior.load_state_dict(state["prior"])
             torch.set_rng_state(state["rng"])
@@ -195,6 +202,7 @@ class _Run:
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip_grad_norm or math.inf)
         self.optimizer.step()
+        self.average.update(self.step)
         if self.prior is not None:
             parts |= self.prior.learn(outputs, tensors, self.step)
         return loss.detach(), parts, norm.detach()
@@ -217,7 +225,7 @@ class _Run:
         if not self.mix.validation_size:
             self._keep({})
             return
-        self.module.eval()
+        self.average.module.eval()
         scores = [self._scores(batch) for batch in self.mix.validation_batches()]
         self.module.train()
         sizes = np.array([score.pop("samples") for score in scores])
@@ -229,7 +237,7 @@ class _Run:
             self._keep(metrics)
 
     def _scores(self, batch: Batch) -> dict[str, float]:
-        total, parts, outputs = self.module.losses(self._tensors(batch))
+        total, parts, outputs = self.average.module.losses(self._tensors(batch))
         if not math.isfinite(float(total)):
             ids = ", ".join(batch["sample_id"].tolist())
             raise WorkError(f"after step {self.step} the validation loss is not finite on {ids}; lower train.lr")
@@ -246,7 +254,7 @@ class _Run:
         if target.exists():  # left by a process that died before its checkpoint; after it, bits may differ on a GPU
             remove_tree(target)
         partial = partial_path(target)
-        self.module.student.save(partial)
+        self.average.module.student.save(partial)
         publish_directory(partial, target)
 
     def _save(self) -> None:
@@ -258,6 +266,7 @@ class _Run:
             "best": self.best,
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
             "prior": None if self.prior is None else self.prior.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -313,6 +322,16 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, ValueError) as error:
         raise DamageError(f"{path} is damaged ({error}); delete it and run `handstill run train`") from error
     return state
+
+
+def _refuse_to_compile_in_vain() -> None:
+    """torch.compile would say so itself, minutes later and in a page."""
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "c++", "clang++"]
+    if not any(map(shutil.which, compilers)):
+        raise InputError(
+            f"train.compile: torch.compile wants a C++ compiler, and none of {', '.join(compilers)} is installed here. "
+            "Install one, or set train.compile: false."
+        )
 
 
 def _device(name: str) -> str:

@@ -22,6 +22,7 @@ from storage.cache import HAND_MODEL, CacheFolder
 from storage.errors import DamageError, InputError, WorkError
 from tests.tiny_cache import write_tiny_cache
 from tests.trainer.jobs import pinned, tiny_job
+from trainer.averaging import WeightAverage
 from trainer.config import StudentRecipe
 from trainer.job import CHECKPOINT, PICTURES_PNG, RESULT, Silent, TrainJob, read_result
 from trainer.learner import StudentUnderTraining
@@ -67,9 +68,9 @@ def test_a_student_is_trained_validated_saved_and_done(tmp_path: Path) -> None:
     assert again.losses == {}
 
 
-@pytest.mark.parametrize("die_after", [1, 3, 5, 6])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, die_after: int) -> None:
-    job = tiny_job(tmp_path, **HYBRID)
+@pytest.mark.parametrize(("die_after", "average"), [(1, None), (3, 0.9), (5, None), (5, 0.9), (6, None)])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, die_after: int, average: float | None) -> None:
+    job = tiny_job(tmp_path, average=average, **HYBRID)
     undisturbed, before, after = Log(), Log(die_after), Log()
     whole = train(job, undisturbed)
     killed = in_folder(job, "killed")
@@ -80,6 +81,58 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, die_after: int) -> Non
     assert before.losses | after.losses == undisturbed.losses
     assert student_bytes(killed) == student_bytes(job)
     assert (resumed.validation, resumed.best_step) == (whole.validation, whole.best_step)
+
+
+def test_the_average_of_the_weights_is_validated_and_kept(tmp_path: Path) -> None:
+    plain, averaging = Log(), Log()
+    job = tiny_job(tmp_path, validate_every=6, **HYBRID)
+    last = train(job, plain)
+    recipe = job.recipe.model_copy(update={"average": 0.9})
+    kept = train(in_folder(dataclasses.replace(job, recipe=recipe), "average"), averaging)
+    assert averaging.losses == plain.losses
+    assert kept.validation["loss"] != last.validation["loss"]
+    weights = [Student.load(result.student).state_dict()["mano_head.decpose.weight"] for result in (last, kept)]
+    assert not torch.equal(*weights)
+
+
+def test_the_average_counts_its_first_steps_less() -> None:
+    """The weights after step n enter with 1 - min(decay, 1 - n^(-2/3)), batch statistics alike; counters are copied."""
+    recipe = StudentRecipe.model_validate({"backbone": "test_efficientnet", "head": "light", "on": ["tiny"]})
+    student = Student(StudentSpec(backbone="test_efficientnet", head="light"), load_hand_model("open-hand"))
+    module = StudentUnderTraining(student, recipe, "8x8-paper", teacher_dim=4)
+    average = WeightAverage(module, decay=0.5)
+    wanted: dict[str, torch.Tensor] = {}
+    for number in range(1, 5):
+        for value in module.state_dict().values():
+            torch.manual_seed(number)
+            value.copy_(torch.rand(value.shape) if value.is_floating_point() else torch.tensor(number))
+        now = {name: value.clone() for name, value in module.state_dict().items()}
+        kept = min(0.5, 1 - number ** (-2 / 3))
+        wanted = {
+            name: kept * wanted[name] + (1 - kept) * value if wanted and value.is_floating_point() else value
+            for name, value in now.items()
+        }
+        average.update(number - 1)
+    got = average.module.state_dict()
+    assert got.keys() == wanted.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_student_learns_the_same(tmp_path: Path) -> None:
+    eager, compiled = Log(), Log()
+    job = tiny_job(tmp_path, steps=2, validation_fraction=0, **HYBRID)  # validating would compile it once more
+    train(job, eager)
+    other = in_folder(dataclasses.replace(job, recipe=job.recipe.model_copy(update={"compile": True})), "compiled")
+    result = train(other, compiled)
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-3)
+    assert Student.load(result.student)(torch.zeros(1, 3, 256, 256))["keypoints_3d"].shape == (1, 21, 3)
+
+
+def test_without_a_compiler_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with pytest.raises(InputError, match=r"train.compile: .*no-such-compiler is installed.*set train.compile: false"):
+        train(tiny_job(tmp_path, compile=True))
 
 
 def test_sigterm_writes_a_checkpoint_and_exits(tmp_path: Path) -> None:
