@@ -31,11 +31,14 @@ from storage.durable import (
 )
 from storage.errors import DamageError, InputError
 from storage.identity import fingerprint
+from storage.verification import Damage
 
 CALIBRATIONS = "calibration"
 """The folder of calibrations, beside the caches."""
 
 CALIBRATION_JSON = "calibration.json"
+
+_REMEDY = "`handstill run teach` puts it back; verify again after that: until then its caches have no name"
 
 
 def with_codec(experiment: Experiment, identity: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +87,27 @@ def fitted_codec(folder: Path) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError, DamageError):
         return None
     return data if sha256_bytes(data) == document["codec_sha256"] else None
+
+
+def calibration_damage(experiment: Experiment, identity: Mapping[str, Any]) -> list[Damage]:
+    """What is wrong with the calibration of a cache with this identity; a calibration that never was is not wrong.
+
+    The next run puts it back, from the copy that a cache holds where there is one.
+    """
+    if is_calibrated(identity):
+        return []
+    folder = calibration_folder(experiment, identity)
+    if not folder.exists():
+        copied = codec_of_a_cache(experiment, identity) is not None
+        return [Damage(folder, f"is missing, and a cache was made with it; {_REMEDY}")] if copied else []
+    for name in (CODEC_FILE, CALIBRATION_JSON):
+        if not (folder / name).is_file():
+            return [Damage(folder / name, f"is missing; {_REMEDY}")]
+    try:
+        read_sealed_json(folder / CALIBRATION_JSON)
+    except DamageError as error:
+        return [Damage(folder / CALIBRATION_JSON, f"{error}; {_REMEDY}")]
+    return [Damage(folder / CODEC_FILE, f"its sha256 is not the one in {CALIBRATION_JSON}; {_REMEDY}")]
 
 
 def codec_of_a_cache(experiment: Experiment, identity: Mapping[str, Any]) -> bytes | None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.caches import CacheState, hand_model_source, resolved_precision, stored_state, teacher_gpus
+from pipeline.calibrations import calibration_damage
 from pipeline.digests import DigestMemory
 from pipeline.experiment import Experiment
 from pipeline.manifests import ManifestIndex, Source, changed_files, named_sources
@@ -47,10 +48,12 @@ def verify(experiment: Experiment, *, with_teacher: bool = True, with_sources: b
         InputError: there is no cache yet.
         WorkError: a run is at work on the workdir, or on the caches that it shares.
     """
-    states = [state for role in ROLES if (state := stored_state(experiment, role)).root.is_dir()]
-    if not states:
+    stored = [stored_state(experiment, role) for role in ROLES]
+    states = [state for state in stored if state.root.is_dir()]
+    uncalibrated = (damage for state in stored for damage in calibration_damage(experiment, state.identity))
+    damaged = list(dict.fromkeys(str(damage) for damage in uncalibrated))  # the roles share it
+    if not states and not damaged:
         raise InputError("verify: there is no cache yet for this configuration; run `handstill run teach`")
-    damaged: list[str] = []
     worst, rechecked, replays = 0.0, 0, Replays()
     started = time.monotonic()
     with lease(experiment.workdir), alone(experiment.cache_references, "verify"):

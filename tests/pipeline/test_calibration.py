@@ -156,6 +156,32 @@ def test_a_lost_calibration_is_taken_from_a_cache_without_the_teacher(
     }, "only what it was fitted on is forgotten"
 
 
+@pytest.mark.parametrize("name", [CODEC_FILE, "calibration.json", ""])
+@pytest.mark.parametrize("harm", ["flip", "delete"])
+def test_a_harmed_calibration_is_named_by_verify_and_put_back_by_run(lab: Lab, name: str, harm: str) -> None:
+    lab.configure(CODES)
+    lab.run("teach")
+    before = tree(lab.workdir / "cache")
+    (calibration,) = calibration_of(lab)
+    if harm == "delete":
+        shutil.rmtree(calibration) if not name else (calibration / name).unlink()
+    else:
+        path = calibration / (name or CODEC_FILE)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    answer = handstill("-c", lab.config, "verify")
+    assert answer.code == 1
+    assert str(calibration / name if harm == "delete" else path) in answer.out
+    assert "`handstill run teach` puts it back" in answer.out
+    assert lab.run("teach") == Work()
+    assert handstill("-c", lab.config, "verify").code == 0
+    after = tree(lab.workdir / "cache")
+    assert {path for path in before if before[path] != after[path]} <= {
+        str((calibration / "calibration.json").relative_to(lab.workdir / "cache"))
+    }
+
+
 def test_a_calibration_of_another_encoding_is_stale(lab: Lab) -> None:
     lab.configure(CODES)
     lab.run("teach")
