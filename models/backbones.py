@@ -93,7 +93,7 @@ def _feature_map(body: Any, images: Tensor) -> Tensor:
     if features.ndim == 3:  # tokens; the class token and registers come first
         tokens_BTC = features[:, body.num_prefix_tokens :]
         height, width = body.patch_embed.grid_size
-        return tokens_BTC.transpose(1, 2).reshape(len(tokens_BTC), -1, height, width)
+        return tokens_BTC.transpose(1, 2).reshape(tokens_BTC.shape[0], -1, height, width)
     return features.permute(0, 3, 1, 2) if getattr(body, "output_fmt", "NCHW") == "NHWC" else features
 
 

@@ -118,6 +118,12 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--on", choices=("local", "ray"), help="Dask in this process, or on Ray (default: as the cluster)"
     )
+    export = verb("export", _export, "a student as ONNX, checked against PyTorch, with a numpy runtime and a card")
+    export.add_argument("what", metavar="NAME|FOLDER", help="a student of the file, or the folder of a trained one")
+    export.add_argument("--seed", type=int, metavar="N", help="of a student: this seed (default: the best scored)")
+    export.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder (default: in the workdir)")
+    export.add_argument("--with-hand-model", action="store_true", help="joints and mesh in the graph; mind its licence")
+    export.add_argument("--int8", action="store_true", help="quantise the backbone, calibrated on cached pictures")
     verb("compare", _compare, "the students side by side, from MLflow")
     clean = verb("clean", _clean, "list outputs that no plan refers to")
     clean.add_argument("--stale", action="store_true", required=True)
@@ -218,6 +224,15 @@ def _audit(arguments: argparse.Namespace) -> int:
     document = audit(open_experiment(arguments.config), against=arguments.against, on=arguments.on)
     _answer(arguments, document, lambda: audit_text(document))
     return 0 if document["ok"] else 1
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from pipeline.exporting import Wish, export, export_text
+
+    wish = Wish(arguments.what, arguments.seed, arguments.to, arguments.with_hand_model, arguments.int8)
+    document = export(arguments.config, wish)
+    _answer(arguments, document, lambda: export_text(document))
+    return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from pipeline.tables import bytes_below, human_bytes, table
 from storage.cache import CacheFolder
 from storage.errors import DamageError, InputError
 from storage.snapshots import read_head, read_info, snapshot_path
+from trainer.export_files import EXPORT
 
 
 def is_sample_id(what: str) -> bool:
@@ -78,12 +79,14 @@ def _show_output(path: Path) -> dict[str, Any]:
         return _show_checkpoint(path)
     if path.suffix == ".json":
         return {"kind": "json", "path": str(path), "content": json.loads(path.read_text(encoding="utf-8"))}
+    if (path / EXPORT).is_file():
+        return {"kind": "export", "path": str(path), "content": json.loads((path / EXPORT).read_text(encoding="utf-8"))}
     if (path / "result.json").is_file():
         content = json.loads((path / "result.json").read_text(encoding="utf-8"))
         return {"kind": "student", "path": str(path), "content": content}
     raise InputError(
         f"show: {path} is none of a shard (.zarr), a cache folder, a table (.parquet), a student's folder, "
-        "a checkpoint (.ckpt)"
+        "an export's folder, a checkpoint (.ckpt)"
     )
 
 

@@ -58,6 +58,11 @@ class Workdir:
         return self.root / "report"
 
     @property
+    def exports(self) -> Path:
+        """One folder an export, for people to take away; `clean` leaves them."""
+        return self.root / "exports"
+
+    @property
     def audits(self) -> Path:
         """One folder an audit, named by what was audited."""
         return self.root / "audit"

@@ -55,6 +55,8 @@ class HamerTarDataset(Section):
     """Evaluation rules when the set is evaluated on; null: joints from the labels, PCK from the 2D labels."""
     filtering: FilteringConfig = FilteringConfig()
     """HaMeR's cleaning rules, on as HaMeR has them."""
+    licence: str | None = None
+    """Under which the set may be used; model cards of exports name it. It decides nothing."""
 
 
 class HamerNpzDataset(Section):
@@ -72,6 +74,8 @@ class HamerNpzDataset(Section):
     """evaluation_verts.json, N x V x 3 metres."""
     filtering: EvaluationFilteringConfig = EvaluationFilteringConfig()
     """HaMeR's cleaning rules; here all are off unless set."""
+    licence: str | None = None
+    """As of the other format."""
 
 
 DatasetConfig = Annotated[HamerTarDataset | HamerNpzDataset, Field(discriminator="format")]
@@ -100,6 +104,8 @@ class TeacherConfig(Section):
     """Run the backbone through torch.compile: minutes at the start of each teacher, and it wants a C++ compiler there.
     It moves the last bits, so it is provenance, as torch's version is."""
     workers: WorkersConfig = WorkersConfig()
+    licence: str | None = None
+    """Of the checkpoint's weights; model cards of exports name it. It decides nothing."""
 
 
 class SynthesiseSet(Section):

@@ -29,6 +29,7 @@ VERBS = {
     "show": {"STAGE|PATH|SAMPLE_ID", "--view", "--picture"},
     "verify": {"--no-teacher", "--no-sources"},
     "audit": {"--against", "--on"},
+    "export": {"NAME|FOLDER", "--seed", "--to", "--with-hand-model", "--int8"},
     "compare": set(),
     "clean": {"--stale", "--yes"},
 }
