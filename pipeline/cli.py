@@ -125,6 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--with-hand-model", action="store_true", help="joints and mesh in the graph; mind its licence")
     export.add_argument("--int8", action="store_true", help="quantise the backbone, calibrated on cached pictures")
     verb("compare", _compare, "the students side by side, from MLflow")
+    submit = verb("submit", _submit, "the same run as a Ray job on a cluster; follow its log; stop it")
+    submit.add_argument("stage", nargs="?", choices=STAGE_NAMES, metavar="STAGE")
+    submit.add_argument("--limit", type=int, metavar="N", help="a smoke run, as of `run`")
+    submit.add_argument("--no-wait", action="store_true", help="say the job's id and leave it to itself")
+    one_job = submit.add_mutually_exclusive_group()
+    one_job.add_argument("--follow", metavar="JOB", help="submit nothing; follow this job")
+    one_job.add_argument("--stop", metavar="JOB", help="submit nothing; stop this job")
     clean = verb("clean", _clean, "list outputs that no plan refers to")
     clean.add_argument("--stale", action="store_true", required=True)
     clean.add_argument("--yes", action="store_true", help="delete them")
@@ -242,6 +249,34 @@ def _compare(arguments: argparse.Namespace) -> int:
     comparison, text = compare_now(open_experiment(arguments.config))
     _answer(arguments, comparison, lambda: text)
     return 0 if comparison["gate"]["passed"] else 1
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from pipeline.loading import load_config
+    from pipeline.submitting import follow, stop, submit
+
+    config = load_config(arguments.config)
+    if arguments.stop:
+        stopped = stop(config, arguments.stop)
+        said = f"{arguments.stop}: {'stopping' if stopped else 'had ended already'}"
+        _answer(arguments, {"ok": True, "job": arguments.stop, "stopping": stopped}, lambda: said)
+        return 0
+    if arguments.limit is not None and arguments.limit < 1:
+        raise InputError(f"--limit: found {arguments.limit}, want a number of samples of at least 1")
+    limit = [] if arguments.limit is None else ["--limit", str(arguments.limit)]
+    stage = [arguments.stage] if arguments.stage else []
+    job = arguments.follow or submit(arguments.config, ["run", *stage, *limit])
+    if arguments.no_wait:
+        _answer(arguments, {"ok": True, "job": job}, lambda: job)
+        return 0
+    try:
+        document = follow(config, job)
+    except KeyboardInterrupt:
+        _say(f"handstill: the job goes on. Follow it: submit --follow {job}; end it: submit --stop {job}", sys.stderr)
+        return 128 + signal.SIGINT
+    ending = f"{job}: {document['status'].lower()}, exit code {document['exit_code']}"
+    _answer(arguments, document, lambda: ending)
+    return int(document["exit_code"])
 
 
 def _clean(arguments: argparse.Namespace) -> int:

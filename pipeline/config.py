@@ -32,7 +32,13 @@ class ClusterConfig(Section):
     """Where the work runs, and how much of it may."""
 
     address: str = Field(default="local", pattern=r"^(local|auto|ray://.+)$")
-    """local: a Ray of our own on this machine, loopback only. auto: the cluster we are on. ray://…: that cluster."""
+    """local: a Ray of our own on this machine, loopback only. auto: the cluster we are on. ray://…: that cluster. A
+    submitted job works on the cluster it was submitted to."""
+    jobs: str | None = Field(default=None, pattern=r"^https?://.+$")
+    """The job server that `handstill submit` talks to, the head's dashboard; null: the environment's
+    RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."""
+    job_python: str = Field(default="python", min_length=1)
+    """The nodes' interpreter for a submitted job, with the dependencies installed."""
     max_retries: int = Field(default=3, ge=0)
     """How often a unit of work whose worker died is given to another."""
     max_gpu_hours: float | None = Field(default=None, gt=0)

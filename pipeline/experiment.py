@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import PipelineConfig, Role, resolve_path
 from pipeline.digests import DigestMemory
+from pipeline.job_code import JOB_BASE
 from pipeline.loading import load_config
 from pipeline.workdir import Workdir, open_workdir
 from stages.config import DatasetConfig, HamerNpzDataset
@@ -109,13 +111,16 @@ def smoke_recipe(recipe: StudentRecipe, limit: int) -> StudentRecipe:
 
 
 def open_experiment(config_path: Path, *, limit: int | None = None, rehash: bool = False) -> Experiment:
-    """The experiment in a configuration file.
+    """The experiment in a configuration file. In a submitted job it is on the job's cluster, its paths where they were.
 
     Raises:
         InputError: the file is wrong, or the limit is not positive.
     """
     config = load_config(config_path)
     base = config_path.absolute().parent
+    if JOB_BASE in os.environ:
+        base = Path(os.environ[JOB_BASE])
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "auto"})})
     workdir = open_workdir(config.workdir, base)
     experiment = Experiment(config, config_path.absolute(), base, workdir, rehash=rehash)
     if limit is None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pipeline.config import ClusterConfig
 from pipeline.events import append_event
+from pipeline.job_code import check_job_code
 from pipeline.workdir import Claim
 from pipeline.workers import POLL_S, cluster_size, get, is_death
 from stages.answers import Forward
@@ -67,6 +68,7 @@ class TeacherActor:
         from models.teacher import load_teacher
         from stages.teach import numerics, teacher_forward
 
+        check_job_code()
         settings = self._settings
         self._holding.enter_context(settings.claim.held())
         if settings.threads is not None:
@@ -137,8 +139,14 @@ def _decode(job: ShardJob) -> Any:
     import ray
 
     options = {"num_cpus": 1, "max_retries": 0, "num_returns": "streaming"}
-    task = ray.remote(prepared_batches).options(**options, _generator_backpressure_num_objects=BATCHES_AHEAD)
+    task = ray.remote(prepared_batches_of_job).options(**options, _generator_backpressure_num_objects=BATCHES_AHEAD)
     return task.remote(job)
+
+
+def prepared_batches_of_job(job: ShardJob) -> Iterator[PreparedBatch]:
+    """`prepared_batches`, in a worker of its own."""
+    check_job_code()
+    yield from prepared_batches(job)
 
 
 @dataclass

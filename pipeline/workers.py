@@ -16,6 +16,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from pipeline.config import ClusterConfig
+from pipeline.job_code import check_job_code
 from pipeline.workdir import Claim
 from storage.errors import DamageError, InputError, WorkError
 
@@ -131,6 +132,7 @@ def run_units(
 def _claimed(function: Callable[[Unit], Any], claim: Claim) -> Callable[[Unit], Any]:
     @wraps(function)
     def work(unit: Unit) -> Any:
+        check_job_code()
         with claim.held():
             return function(unit)
 

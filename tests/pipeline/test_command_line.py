@@ -27,6 +27,7 @@ VERBS = {
     "run": {"STAGE?", "--rehash", "--limit"},
     "status": set(),
     "show": {"STAGE|PATH|SAMPLE_ID", "--view", "--picture"},
+    "submit": {"STAGE?", "--limit", "--no-wait", "--follow", "--stop"},
     "verify": {"--no-teacher", "--no-sources"},
     "audit": {"--against", "--on"},
     "export": {"NAME|FOLDER", "--seed", "--to", "--with-hand-model", "--int8"},

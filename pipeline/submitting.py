@@ -1,0 +1,184 @@
+"""`handstill submit`: the same run as a Ray job. Code and configuration travel, dependencies are in the nodes' image.
+
+The job server (Ray's dashboard) packs no secrets: credentials come from the nodes' own environment. With Ray's token
+authentication the client takes the token where Ray does: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import PipelineConfig
+from pipeline.job_code import JOB_BASE, JOB_CODE, PACKAGES, ROOT, code_digest
+from pipeline.loading import load_config
+from storage.errors import InputError, WorkError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+log = logging.getLogger("handstill")
+
+PACKED_CONFIG = "pipeline.yaml"
+DEFAULT_JOB_SERVER = "http://127.0.0.1:8265"
+"""Where Ray's dashboard listens unless told otherwise."""
+PATIENCE_S = 300.0
+"""How long a job server may be away while its job is followed: a head that restarts is back by then."""
+LOOK_EVERY_S = 2.0
+STOPPED_EXIT_CODE = 143
+
+
+def submit(config_path: Path, command: Sequence[str]) -> str:
+    """Hand `handstill <command>` to the cluster; the job's id.
+
+    Raises:
+        InputError: the configuration is wrong.
+        WorkError: the job server cannot be used.
+    """
+    config = load_config(config_path)
+    client = job_client(config)
+    with _packed(config_path) as folder:
+        job = client.submit_job(
+            entrypoint=" ".join([config.cluster.job_python, "-m", "pipeline.cli", *command, "-c", PACKED_CONFIG]),
+            submission_id=f"handstill-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            runtime_env={"working_dir": str(folder), "env_vars": _environment(config_path)},
+            metadata={"handstill": config.name, "command": " ".join(command)},
+        )
+    log.info("submitted job %s to %s; relative paths start at %s there", job, address_of(config), _base(config_path))
+    return str(job)
+
+
+def follow(config: PipelineConfig, job: str, write: Callable[[str], object] | None = None) -> dict[str, Any]:
+    """Pass the job's log on until it ends: {ok, job, status, exit_code, message}. Its exit code is the run's own.
+
+    A job server that goes away is waited for, `PATIENCE_S` at most; the log goes on where it was.
+
+    Raises:
+        InputError: there is no such job.
+        WorkError: the job server stayed away; the job may go on without it.
+    """
+    client = job_client(config)
+    details = _details(client, job)
+    asyncio.run(_pass_on(client, job, write or _to_stderr))
+    details = _details(client, job)
+    code = _exit_code(details)
+    return {
+        "ok": code == 0,
+        "job": job,
+        "status": str(details.status.value),
+        "exit_code": code,
+        "message": details.message,
+    }
+
+
+def stop(config: PipelineConfig, job: str) -> bool:
+    """Ask the job to end, as SIGTERM does: what is finished is kept. False: it had ended already.
+
+    Raises:
+        InputError: there is no such job.
+    """
+    client = job_client(config)
+    _details(client, job)
+    return bool(client.stop_job(job))
+
+
+def address_of(config: PipelineConfig) -> str:
+    """The configured job server, else the environment's, else the one on this machine."""
+    return config.cluster.jobs or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_JOB_SERVER
+
+
+def job_client(config: PipelineConfig) -> JobSubmissionClient:
+    """A connected client. Raises WorkError."""
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
+    address = address_of(config)
+    try:
+        return JobSubmissionClient(address)
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise WorkError(
+            f"cluster.jobs: cannot use the Ray job server at {address}: {why} It is the head's dashboard; a cluster "
+            "with token authentication wants RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or in a file that "
+            "RAY_AUTH_TOKEN_PATH names."
+        ) from None
+
+
+def _details(client: JobSubmissionClient, job: str) -> JobDetails:
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        known = ", ".join(str(other.submission_id) for other in client.list_jobs()) or "none"
+        raise InputError(f"submit: the job server knows no job {job!r}; its jobs: {known}") from error
+
+
+def _exit_code(details: JobDetails) -> int:
+    from ray.job_submission import JobStatus
+
+    if details.status == JobStatus.SUCCEEDED:
+        return 0
+    if details.status == JobStatus.STOPPED:
+        return STOPPED_EXIT_CODE
+    return details.driver_exit_code or 1
+
+
+async def _pass_on(client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> None:
+    """Write the log as it grows, once, until the job has ended."""
+    from aiohttp import ClientError
+
+    written, last_seen = 0, time.monotonic()
+    while True:
+        try:
+            read = 0
+            async for text in client.tail_job_logs(job):
+                fresh = text[max(0, written - read) :]
+                read += len(text)
+                written = max(written, read)
+                last_seen = time.monotonic()
+                if fresh:
+                    write(fresh)
+            if client.get_job_status(job).is_terminal():
+                return
+        except (RuntimeError, ConnectionError, ClientError, OSError) as error:
+            if time.monotonic() - last_seen > PATIENCE_S:
+                raise WorkError(
+                    f"submit: lost the job server ({error}); the job may go on. Follow it again: "
+                    f"handstill submit --follow {job}"
+                ) from None
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _environment(config_path: Path) -> dict[str, str]:
+    found = {JOB_BASE: str(_base(config_path)), JOB_CODE: code_digest()}
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        found["MLFLOW_TRACKING_URI"] = uri
+    return found
+
+
+def _base(config_path: Path) -> Path:
+    return config_path.absolute().parent
+
+
+@contextmanager
+def _packed(config_path: Path) -> Iterator[Path]:
+    """A folder with our packages, their assets, and the configuration."""
+    with tempfile.TemporaryDirectory(prefix="handstill-job-") as name:
+        folder = Path(name)
+        for package in PACKAGES:
+            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copyfile(config_path, folder / PACKED_CONFIG)
+        yield folder
