@@ -191,16 +191,17 @@ def to_photo_px(points: npt.ArrayLike, affine: npt.ArrayLike) -> FloatArray:
 
 
 def camera_in_photo(
-    cam: npt.ArrayLike, cut: Crop, photo_width_px: int, photo_height_px: int
+    cam: npt.ArrayLike, cut: Crop, photo_width_px: int, photo_height_px: int, focal_px: float | None = None
 ) -> tuple[FloatArray, float]:
     """Where a predicted hand stands before the photograph's camera: (translation (3,) in metres, focal length in px).
 
     `cam`: (s, tx, ty) as networks give it, for the crop's right hand. A mirrored hand's tx is turned back here; negate
-    its joints' and vertices' x too. The principal point is the photograph's middle. The focal length is HaMeR's
-    assumption, 5000 px for a photograph whose longer side is 256 px: depths are only as right as that is.
+    its joints' and vertices' x too. The principal point is the photograph's middle. The focal length, where none is
+    given, is HaMeR's assumption, 5000 px for a photograph whose longer side is 256 px: depths are only as right as it.
     """
     scale, x, y = np.asarray(cam, np.float64)
-    focal_px = 5000 / CROP_PX * max(photo_width_px, photo_height_px)
+    if focal_px is None:
+        focal_px = 5000 / CROP_PX * max(photo_width_px, photo_height_px)
     hand_px = cut.box_px * scale + 1e-9  # HaMeR's guard against a scale of zero
     offset = 2 * (cut.center - np.array([photo_width_px, photo_height_px]) / 2) / hand_px
     translation = [(-x if cut.mirrored else x) + offset[0], y + offset[1], 2 * focal_px / hand_px]

@@ -132,10 +132,36 @@ def build_parser() -> argparse.ArgumentParser:
     one_job = submit.add_mutually_exclusive_group()
     one_job.add_argument("--follow", metavar="JOB", help="submit nothing; follow this job")
     one_job.add_argument("--stop", metavar="JOB", help="submit nothing; stop this job")
+    predict = verb("predict", _predict, "the hands in pictures, folders and videos: joints, meshes, overlays")
+    _add_predict_options(predict)
     clean = verb("clean", _clean, "list outputs that no plan refers to")
     clean.add_argument("--stale", action="store_true", required=True)
     clean.add_argument("--yes", action="store_true", help="delete them")
     return parser
+
+
+def _add_predict_options(predict: argparse.ArgumentParser) -> None:
+    predict.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a picture, a video, or a folder of them")
+    predict.add_argument(
+        "--network",
+        default="teacher",
+        metavar="NAME|PATH",
+        help="a student by name or folder, a checkpoint, or `teacher`: the configuration's (default)",
+    )
+    predict.add_argument("--mano-model", metavar="FILE", help="hand model for a checkpoint without one, or open-hand")
+    predict.add_argument(
+        "--box",
+        action="append",
+        default=[],
+        metavar="X,Y,W,H[,SIDE]",
+        help="a tight box round a hand in px, and left or right; once for each hand of the one picture",
+    )
+    predict.add_argument("--boxes", type=Path, metavar="FILE", help="JSON: boxes of many pictures")
+    predict.add_argument("--detector", type=Path, metavar="WHEEL", help="MediaPipe's wheel, to find hands with")
+    predict.add_argument("--out", type=Path, default=Path("predictions"), metavar="FOLDER", help="(predictions)")
+    predict.add_argument("--rescale", type=float, default=2.0, help="boxes times this are seen (2: boxes are tight)")
+    predict.add_argument("--focal-px", type=float, help="focal length of the camera (HaMeR's assumption)")
+    predict.add_argument("--mesh", choices=("obj", "ply", "glb"), default="obj", help="format of the meshes (obj)")
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -277,6 +303,28 @@ def _submit(arguments: argparse.Namespace) -> int:
     ending = f"{job}: {document['status'].lower()}, exit code {document['exit_code']}"
     _answer(arguments, document, lambda: ending)
     return int(document["exit_code"])
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from models.hand_box import parse_hand_box
+    from pipeline.predicting import PredictRequest, predict, predict_text
+
+    request = PredictRequest(
+        paths=arguments.paths,
+        out=arguments.out,
+        network=arguments.network,
+        config=arguments.config,
+        mano_model=arguments.mano_model,
+        boxes=[parse_hand_box(text) for text in arguments.box],
+        boxes_file=arguments.boxes,
+        detector=arguments.detector,
+        rescale=arguments.rescale,
+        focal_px=arguments.focal_px,
+        mesh=arguments.mesh,
+    )
+    document = predict(request)
+    _answer(arguments, document, lambda: predict_text(document))
+    return 0 if document["ok"] else 1
 
 
 def _clean(arguments: argparse.Namespace) -> int:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _MAX_SIDE_PX = 32766
 """OpenCV's warp takes pictures below 2^15 a side."""
-_MAX_PIXELS = 1 << 27
+MAX_PIXELS = 1 << 27
 _MALFORMED = (
     OSError,
     ValueError,
@@ -79,7 +79,7 @@ def _size(content: bytes) -> tuple[int, int, str | None]:
                 width, height = image.size
     except _MALFORMED as error:
         return 0, 0, f"is no picture that can be read ({type(error).__name__})"
-    if max(width, height) > _MAX_SIDE_PX or width * height > _MAX_PIXELS:
+    if max(width, height) > _MAX_SIDE_PX or width * height > MAX_PIXELS:
         return width, height, f"is too large ({width} x {height})"
     return width, height, None
 
@@ -91,5 +91,16 @@ def decode(content: bytes) -> NDArray[np.uint8] | None:
             warnings.simplefilter("ignore")  # as in `look_at`, which saw the size
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 return np.asarray(image.convert("RGB"))
+    except _MALFORMED:
+        return None
+
+
+def decode_upright(content: bytes) -> NDArray[np.uint8] | None:
+    """The same, turned as its orientation tag says: for photographs as cameras and telephones write them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except _MALFORMED:
         return None

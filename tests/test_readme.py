@@ -7,6 +7,10 @@ import ast
 import re
 from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+
 from pipeline.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +44,18 @@ def test_every_verb_is_in_the_readme() -> None:
     names = set(verbs.choices)
     assert names >= {"check", "run", "compare"}
     assert {name for name in names if f"handstill {name}" not in text} == set()
+
+
+def test_the_lines_that_predict_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(from pipeline\.predicting import.*?)```", text, re.DOTALL)
+    assert len(lines.split("\n\n", 1)[1].strip().splitlines()) == 3, "four with the import"
+    Image.fromarray(np.full((300, 400, 3), 90, np.uint8)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(ROOT)
+    exec(lines.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg"))), {})
+    assert "(21, 3) (21, 2) (1609, 3)" in capsys.readouterr().out
 
 
 if __name__ == "__main__":

@@ -32,6 +32,18 @@ VERBS = {
     "audit": {"--against", "--on"},
     "export": {"NAME|FOLDER", "--seed", "--to", "--with-hand-model", "--int8"},
     "compare": set(),
+    "predict": {
+        "PATH+",
+        "--network",
+        "--mano-model",
+        "--box",
+        "--boxes",
+        "--detector",
+        "--out",
+        "--rescale",
+        "--focal-px",
+        "--mesh",
+    },
     "clean": {"--stale", "--yes"},
 }
 """The command line that people's scripts are written against. Add to it; what is here stays."""
@@ -72,6 +84,8 @@ def test_help_is_on_stdout(verb: list[str]) -> None:
         ["run", "--train.lr", "1"],
         ["clean"],
         ["show"],
+        ["predict"],
+        ["predict", "nowhere.jpg"],
         ["check", "-c", "nowhere.yaml"],
         ["plan", "-c", "nowhere.yaml"],
     ],
