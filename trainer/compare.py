@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import InputError
-from trainer.config import CompareConfig, GateConfig
-from trainer.runs import METRICS, Runs, Scores, StudentRun
+from trainer.config import METRICS, CompareConfig, GateConfig, MetricName
+from trainer.runs import Runs, Scores, StudentRun
 
 CURVE = "validation/pa_mpjpe_mm"
 PAIRED_METRICS = ("pa_mpjpe_mm", "pa_mpvpe_mm", "error_2d_share")
@@ -58,6 +58,7 @@ def compare(
         "by_student": (groups := _by_student(students)),
         "paired": _paired(runs, students, teacher, config.bootstrap),
     }
+    document["pareto"] = _pareto(groups, document["teacher"])
     document["gate"] = _gate(config.gate, groups, document["teacher"])
     return Comparison(
         document,
@@ -69,6 +70,30 @@ def compare(
 def better(metric: str, a: float, b: float) -> bool:
     """Whether a is better than b: errors in mm are small, scores large."""
     return a < b if metric.endswith("_mm") else a > b
+
+
+def headline(dataset: str, groups: Sequence[Document]) -> MetricName | None:
+    """The first metric that some student has on a data set."""
+    return next((m for m in METRICS if any(m in g["metrics"].get(dataset, {}) for g in groups)), None)
+
+
+def _pareto(groups: Sequence[Document], teacher: Document) -> dict[str, list[str]]:
+    """By data set: those, the teacher among them, that nobody beats in speed and in the headline metric at once."""
+    everyone = [{**teacher, "name": "teacher"}, *groups]
+    found: dict[str, list[str]] = {}
+    for dataset in sorted({dataset for each in groups for dataset in each["metrics"]}):
+        metric = headline(dataset, groups)
+        scores = [(each["name"], each["fps"], each["metrics"].get(dataset, {}).get(metric)) for each in everyone]
+        points = [(name, fps, value) for name, fps, value in scores if fps and value is not None]
+        found[dataset] = [
+            name
+            for name, fps, value in sorted(points, key=lambda point: -point[1])
+            if not any(
+                (other_fps >= fps and better(str(metric), other, value)) or (other_fps > fps and other == value)
+                for _, other_fps, other in points
+            )
+        ]
+    return found
 
 
 def paired_difference(a: NDArray[Any], b: NDArray[Any], resamplings: int) -> tuple[float, float, float]:
@@ -224,8 +249,6 @@ def _finite(value: float) -> float | None:
 def _gate(gate: GateConfig | None, groups: Sequence[Document], teacher: Document) -> Document:
     if gate is None:
         return {"passed": True, "checks": []}
-    if gate.metric not in METRICS:
-        raise InputError(f"compare.gate.metric: found {gate.metric!r}; wanted one of {', '.join(METRICS)}")
     scores = {g["name"]: g["metrics"].get(gate.dataset, {}).get(gate.metric) for g in groups}
     known = {name: value for name, value in scores.items() if value is not None}
     missing = sorted(set(gate.students or []) - known.keys())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -12,7 +12,7 @@ TRAINING_VERSION = 1
 """Part of every student's identity: raise it when the same recipe on the same snapshot would learn differently."""
 SCORING_VERSION = 1
 """Part of every evaluation's identity: raise it when the same answers would score differently."""
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 """Raise it when the same scores would be shown differently."""
 
 
@@ -261,12 +261,19 @@ class EvaluateConfig(Section):
     latency: LatencyConfig = LatencyConfig()
 
 
+MetricName = Literal[
+    "pa_mpjpe_mm", "pa_mpvpe_mm", "mpjpe_mm", "f5", "f15", "auc", "auc_mesh", "pck_05", "pck_10", "pck_15"
+]
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
+"""The metrics of a data set, in the order in which they are shown (trainer.scores)."""
+
+
 class GateConfig(Section):
     """What a comparison must show for `handstill compare` to exit with 0. Limits left out are not checked."""
 
     dataset: str
     """The evaluation set that is looked at."""
-    metric: str = "pa_mpjpe_mm"
+    metric: MetricName = "pa_mpjpe_mm"
     """One of the metrics of the comparison; those in mm must be small, the others large."""
     students: list[str] | None = None
     """Each of these must pass, by its mean over seeds; null: the best student must."""

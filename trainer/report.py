@@ -1,4 +1,4 @@
-"""A comparison as files that open anywhere: report.html (nothing outside it is loaded), table.md, table.csv."""
+"""A comparison as files that open anywhere: report.html (nothing outside it is loaded), table.md, .csv and .tex."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from storage.durable import write_bytes_atomic
-from trainer.compare import Comparison, Document
-from trainer.runs import METRICS
+from trainer.compare import Comparison, Document, headline
+from trainer.config import METRICS
 
-REPORT_HTML, TABLE_MD, TABLE_CSV = "report.html", "table.md", "table.csv"
+REPORT_HTML, TABLE_MD, TABLE_CSV, TABLE_TEX = "report.html", "table.md", "table.csv", "table.tex"
 _TITLES = {
     "pa_mpjpe_mm": "PA-MPJPE, mm", "pa_mpvpe_mm": "PA-MPVPE, mm", "mpjpe_mm": "MPJPE, mm", "f5": "F@5", "f15": "F@15",
     "auc": "AUC", "auc_mesh": "AUC mesh", "pck_05": "PCK@.05", "pck_10": "PCK@.10", "pck_15": "PCK@.15",
@@ -34,10 +35,11 @@ figure{margin:1.5rem 0} img,svg{max-width:100%}
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
-    """Write the three files, replacing those of an earlier comparison."""
+    """Write the four files, replacing those of an earlier comparison."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = table(comparison.document)
     write_bytes_atomic(folder / TABLE_CSV, _csv(rows).encode())
+    write_bytes_atomic(folder / TABLE_TEX, _latex(rows).encode())
     notes = "".join(f"\n{line}\n" for line in warnings(comparison.document))
     write_bytes_atomic(folder / TABLE_MD, (_markdown(rows) + notes).encode())
     write_bytes_atomic(folder / REPORT_HTML, _html(comparison, rows).encode())
@@ -96,6 +98,18 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
+_TEX = {"&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$"}
+
+
+def _latex(rows: Sequence[Sequence[str]]) -> str:
+    """A tabular for the booktabs package; the teacher and the mean pose apart from the students."""
+    lines = [" & ".join("".join(_TEX.get(sign, sign) for sign in cell) for cell in row) + r" \\" for row in rows]
+    students = next((at for at, row in enumerate(rows) if at and row[0] not in ("teacher", "mean pose")), len(rows))
+    columns = "ll" + "r" * (len(rows[0]) - 2)
+    body = [r"\toprule", lines[0], r"\midrule", *lines[1:students], r"\midrule", *lines[students:], r"\bottomrule"]
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"]) + "\n"
+
+
 def warnings(document: Document) -> list[str]:
     """What a reader must know before believing the table: students that an answer without looking would beat."""
     found = []
@@ -120,7 +134,7 @@ def _html(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
         _table_html(rows),
         *(f"<p class=failed>{html.escape(line)}</p>" for line in warnings(document)),
         "<p>Means over seeds ± standard deviation. fps: pictures a second, one at a time, at the median.</p>",
-        *(_figure(_trade_off(document, d, m), f"{_TITLES[m]} on {d} against speed") for d, m in _headlines(document)),
+        *(_figure(_trade_off(document, d, m), _trade_off_caption(document, d, m)) for d, m in _headlines(document)),
         _paired_html(document["paired"]),
         _figure(_curves(comparison), "Validation PA-MPJPE while training") if any(comparison.curves.values()) else "",
         *(_picture(label, png) for label, png in comparison.pictures.items()),
@@ -133,9 +147,9 @@ def _headlines(document: Document) -> list[tuple[str, str]]:
     """For each data set the first metric that it has, of those students that also have a speed."""
     found = []
     for dataset in _datasets(document):
-        metrics = [m for m in METRICS if any(m in g["metrics"].get(dataset, {}) for g in document["by_student"])]
-        if metrics and any(g["fps"] for g in document["by_student"]):
-            found.append((dataset, metrics[0]))
+        metric = headline(dataset, document["by_student"])
+        if metric is not None and any(g["fps"] for g in document["by_student"]):
+            found.append((dataset, str(metric)))
     return found
 
 
@@ -186,22 +200,45 @@ def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.3f}"
 
 
+def _trade_off_caption(document: Document, dataset: str, metric: str) -> str:
+    best = ", ".join(document["pareto"].get(dataset, []))
+    return f"{_TITLES[metric]} on {dataset} against speed; areas are parameters. Nobody beats in both: {best}."
+
+
 def _trade_off(document: Document, dataset: str, metric: str) -> Figure:
+    """Accuracy, speed and size, as the paper's Figure 3; the line joins those whom nobody beats in both."""
     figure, axes = _axes()
     teacher = document["teacher"]
+    places: dict[str, tuple[float, float]] = {}
     for each in (*document["by_student"], {**teacher, "name": "teacher"}):
         value, marker = each["metrics"].get(dataset, {}).get(metric), "*" if each["name"] == "teacher" else "o"
         if value is not None and each["fps"]:
-            axes.scatter(each["fps"], value, s=50, marker=marker)
-            axes.annotate(each["name"], (each["fps"], value), xytext=(6, 4), textcoords="offset points", fontsize=8)
+            places[each["name"]] = (each["fps"], value)
+            size = 30 + 2 * (each["params_m"] or 0)
+            label = f"{each['name']}, {_number(each['params_m'])} M" if each["params_m"] else each["name"]
+            axes.scatter(each["fps"], value, s=size, marker=marker, alpha=0.75, edgecolors="black", label=label)
+    front = [places[name] for name in document["pareto"].get(dataset, []) if name in places]
+    axes.plot([fps for fps, _ in front], [value for _, value in front], color="grey", linewidth=1, zorder=0)
     for name, scores in (("teacher", teacher["metrics"]), ("mean pose", teacher["mean_pose"])):
         value = scores.get(dataset, {}).get(metric)
         if value is not None:
             axes.axhline(value, linestyle="--", color="grey", linewidth=1)
             axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    axes.set_xlim(0, 1.2 * axes.get_xlim()[1])
+    speeds = [fps for fps, _ in places.values()]
+    if max(speeds) > 10 * min(speeds):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(0.15)
+    else:
+        axes.margins(0.15)
+        axes.set_xlim(left=0)
     axes.set_xlabel("pictures a second, one at a time")
     axes.set_ylabel(f"{_TITLES[metric]}, {dataset}")
+    legend = axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_sizes([36])  # type: ignore[union-attr]
     return figure
 
 

@@ -22,11 +22,8 @@ from mlflow.tracking import MlflowClient
 from numpy.typing import NDArray
 
 from storage.errors import InputError, WorkError
+from trainer.config import METRICS
 
-METRICS = (
-    "pa_mpjpe_mm", "pa_mpvpe_mm", "mpjpe_mm", "f5", "f15", "auc", "auc_mesh", "pck_05", "pck_10", "pck_15",
-)  # fmt: skip
-"""The metrics of a data set, in the order in which they are shown (trainer.scores)."""
 _NOT_DATA_SETS = ("validation", "label", "teacher", "latency_ms")
 _PAGE = 200
 

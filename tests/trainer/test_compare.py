@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
+from pydantic import ValidationError
 
 import trainer.compare as compare_module
 from storage.errors import InputError
@@ -146,7 +147,6 @@ def test_the_gate(store: Store, gate: dict[str, Any], passed: bool) -> None:
     ("gate", "named"),
     [
         ({"dataset": "vall", "limit": 1}, "on vall"),
-        ({"dataset": "val", "metric": "mpjpe"}, "'mpjpe'"),
         ({"dataset": "val", "students": ["nobody"]}, "nobody"),
         ({"dataset": "val", "metric": "f5", "teacher_ratio": 2}, "teacher_ratio"),
     ],
@@ -154,6 +154,11 @@ def test_the_gate(store: Store, gate: dict[str, Any], passed: bool) -> None:
 def test_a_gate_on_what_is_not_there_is_the_users_mistake(store: Store, gate: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         compare(store.uri, "exp", CompareConfig(gate=GateConfig(**gate), bootstrap=100))
+
+
+def test_a_metric_that_does_not_exist_is_seen_before_anything_runs() -> None:
+    with pytest.raises(ValidationError, match="'mpjpe'"):
+        GateConfig.model_validate({"dataset": "val", "metric": "mpjpe"})
 
 
 def test_a_bootstrap_interval_covers_the_difference_and_ignores_unknowns() -> None:
@@ -181,9 +186,29 @@ def test_the_report_stands_alone(store: Store, comparison: Comparison, tmp_path:
     assert [row[0] for row in rows] == ["student", "teacher", "mean pose", "big-none", "small-none", "small-output"]
     assert rows[5][-2] == "8.50 ± 0.707"
     assert (tmp_path / "table.md").read_text().count("\n") == 7
+    tex = (tmp_path / "table.tex").read_text()
+    assert tex.startswith("\\begin{tabular}{ll" + "r" * (len(rows[0]) - 2) + "}\n\\toprule\n")
+    assert r"\midrule" + "\nbig-none & none & " in tex
+    assert r"8.50 $\pm$ 0.707" in tex
     before = page
     write_report(shown, tmp_path)
     assert (tmp_path / "report.html").read_text() == before
+
+
+def test_nobody_beats_those_on_the_front_in_speed_and_in_accuracy() -> None:
+    def group(name: str, fps: float | None, error: float, score: float) -> dict[str, Any]:
+        return {"name": name, "fps": fps, "metrics": {"val": {"pa_mpjpe_mm": error}, "hint": {"pck_05": score}}}
+
+    groups = [
+        group("fast", 90.0, 12.0, 0.6),
+        group("slower and worse", 50.0, 13.0, 0.5),
+        group("slower and as good", 60.0, 12.0, 0.6),
+        group("good", 30.0, 8.0, 0.9),
+        group("never timed", None, 1.0, 1.0),
+    ]
+    teacher = {"fps": 2.0, "metrics": {"val": {"pa_mpjpe_mm": 7.0}}}
+    front = compare_module._pareto(groups, teacher)
+    assert front == {"val": ["fast", "good", "teacher"], "hint": ["fast", "good"]}
 
 
 def test_a_set_without_3d_truth_is_compared_by_its_2d_errors() -> None:
