@@ -39,8 +39,7 @@ import yaml
 from models.hamer import Hamer, HamerConfig
 from models.hand_model import OPEN_HAND, load_hand_model
 from models.mano import ManoLayer
-from models.mano_head import DecoderSizes
-from models.vit import VitSizes
+from models.sizes import DecoderSizes, VitSizes
 from stages.preparation import ShardJob, TeachSettings, prepared_batches
 from storage.cache import open_cache
 from storage.config import CacheConfig

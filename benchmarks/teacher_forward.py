@@ -30,8 +30,9 @@ from models.hamer import Hamer, HamerConfig, hands_from_features
 from models.hand_model import OPEN_HAND, load_hand_model
 from models.mano import ManoLayer
 from models.preprocessing import IMAGE_SIZE
+from models.sizes import VitSizes
 from models.teacher import Precision, Teacher
-from models.vit import GRID_HW, VitSizes
+from models.vit import GRID_HW
 from models.weight_loading import KeyReport
 
 TOKENS = GRID_HW[0] * GRID_HW[1]

@@ -30,10 +30,10 @@ from torch.nn import functional as F
 from models.checkpoint import read_checkpoint
 from models.crops import IDENTITY, Augmentation, HandLabels, crop, draw_augmentation, move_labels, square_box_px
 from models.hand_model import HandModel, load_hand_model
-from models.mano_head import DecoderSizes
 from models.preprocessing import normalise
+from models.sizes import DecoderSizes, VitSizes
 from models.student import Student, StudentSpec, export_hamer_checkpoint
-from models.vit import Vit, VitSizes
+from models.vit import Vit
 from stages.config import HamerNpzDataset, SynthesiseConfig, SynthesiseSet
 from stages.skinning import Floats, pose_hand, rotation_matrices
 from stages.synthesise import run_unit, synthesise_units, unit_done

@@ -115,8 +115,8 @@ def online(folder: Path, *, published: bool, depth: int, device: str) -> dict[st
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from models.preprocessing import normalise
+    from models.sizes import VitSizes
     from models.student import Student, StudentSpec
-    from models.vit import VitSizes
     from storage.cache import open_cache
     from storage.encodings import PAPER_SIZE
     from trainer.config import DistillConfig, StudentRecipe

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import reparameterize_model
 from torch import Tensor, nn
 
 from models.checkpoint import read_checkpoint
@@ -36,6 +37,10 @@ class TimmBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return _feature_map(self.body, images)
+
+    def fuse(self) -> None:
+        """Join what timm knows to be one convolution, in place; for answering only (`Student.fused`)."""
+        self.body = reparameterize_model(self.body, inplace=True)
 
 
 def timm_feature_shape(name: str) -> tuple[int, int, int]:

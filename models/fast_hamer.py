@@ -19,7 +19,8 @@ from models.hamer import HamerConfig, decoder_sizes, read_model_config
 from models.hand_model import OPEN_HAND, load_hand_model
 from models.model_config import model_config_path
 from models.preprocessing import FOCAL_LENGTH_PX
-from models.student import HAMER, Student, StudentSpec, feature_shape
+from models.sizes import HAMER
+from models.student import Student, StudentSpec, feature_shape
 from models.torchvision_backbones import PREFIX
 from models.weight_loading import LEARNT, KeyReport, checkpoint_hand_model, loaded_weight
 from storage.errors import InputError

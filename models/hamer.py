@@ -15,9 +15,10 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from models.mano import ManoLayer
-from models.mano_head import DecoderSizes, ManoHead, project
+from models.mano_head import ManoHead, project
 from models.preprocessing import FOCAL_LENGTH_PX, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
-from models.vit import Vit, VitSizes
+from models.sizes import DecoderSizes, VitSizes
+from models.vit import Vit
 from storage.config import Section
 from storage.errors import InputError
 

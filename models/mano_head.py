@@ -8,28 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from pydantic import Field
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.hand_model import JOINTS, SHAPE_COMPONENTS, HandModel
 from models.preprocessing import IMAGE_SIZE
-from storage.config import Section
+from models.sizes import DecoderSizes
 
 MEAN_SHAPE = (0.2056, 0.3356, -0.3507, 0.3561, 0.4175, 0.0309, 0.3048, 0.2361, 0.2091, 0.3121)
 MEAN_CAMERA = (4.0, 0.0, 0.0)
 """`shape` and `cam` of the mano_mean_params.npz released with HaMeR."""
-
-
-class DecoderSizes(Section):
-    """TRANSFORMER_DECODER of model_config.yaml; the defaults are the released ones."""
-
-    dim: int = Field(default=1024, ge=1)
-    depth: int = Field(default=6, ge=1)
-    heads: int = Field(default=8, ge=1)
-    dim_head: int = Field(default=64, ge=1)
-    mlp_dim: int = Field(default=1024, ge=1)
 
 
 class ManoHead(nn.Module):

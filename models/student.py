@@ -6,6 +6,7 @@ A student answers the same mapping as the teacher, with `features` (B,C,H,W) of 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Literal
 
@@ -21,15 +22,15 @@ from models.checkpoint import read_checkpoint
 from models.hamer import HamerConfig, hands_from_features
 from models.hand_model import HandModel, load_hand_model, save_hand_model
 from models.mano import ManoLayer
-from models.mano_head import DecoderSizes, ManoHead
+from models.mano_head import ManoHead
 from models.preprocessing import FOCAL_LENGTH_PX
+from models.sizes import HAMER, DecoderSizes, VitSizes
 from models.torchvision_backbones import PREFIX, TorchvisionBackbone, torchvision_feature_shape
-from models.vit import GRID_HW, Vit, VitSizes
+from models.vit import GRID_HW, Vit
 from storage.config import Section
 from storage.durable import write_bytes_atomic
 from storage.errors import DamageError, InputError
 
-HAMER = "hamer"
 _SPEC_FILE, _WEIGHTS_FILE, _HAND_FILE = "student.json", "weights.safetensors", "hand_model.safetensors"
 
 _HEADS = {"paper": DecoderSizes(), "light": DecoderSizes(dim=256, depth=2, heads=4, dim_head=64, mlp_dim=512)}
@@ -72,6 +73,7 @@ class Student(nn.Module):
         self.mano_head = ManoHead(spec.decoder_sizes, self.feature_shape[0])
         self.mano_head.start_from_mean(hand_model)
         self.mano = ManoLayer(hand_model)
+        self.is_fused = False
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features: Tensor = self.backbone(images)
@@ -87,8 +89,18 @@ class Student(nn.Module):
         (torch 2.15 on CPUs)."""
         return not self.spec.backbone.startswith("fastvit")
 
+    def fused(self) -> Student:
+        """A copy in eval mode for answering only: what RepViT, FastViT and their like train as parallel branches
+        becomes the one convolution that it is, the same to rounding. Other backbones stay. It cannot be saved."""
+        twin = copy.deepcopy(self).eval()
+        if isinstance(twin.backbone, TimmBackbone):
+            twin.backbone.fuse()
+        twin.is_fused = True
+        return twin
+
     def save(self, folder: Path) -> None:
         """Write a folder that `Student.load` reads on any machine: weights, hand model, and the specification last."""
+        assert not self.is_fused, "a fused student has other weights than its specification says"
         folder.mkdir(parents=True, exist_ok=True)
         weights = {
             name: value.clone(memory_format=torch.contiguous_format)  # tied weights may not share memory in the file

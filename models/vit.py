@@ -6,31 +6,16 @@ B batch, T = 16 x 12 = 192 tokens, C channels. Attention is PyTorch's fused one.
 from __future__ import annotations
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.preprocessing import IMAGE_SIZE
-from storage.config import Section
+from models.sizes import VitSizes
 
 PATCH = 16
 GRID_HW = (16, 12)
 FIELD_COLUMNS = slice(32, 224)
 """The columns of the 256-pixel crop that the network looks at: it was made for pictures of 256 x 192."""
-
-
-class VitSizes(Section):
-    """Width and depth. The defaults are ViT-H, which the released model_config.yaml means without saying so."""
-
-    embed_dim: int = Field(default=1280, ge=1)
-    depth: int = Field(default=32, ge=1)
-    num_heads: int = Field(default=16, ge=1)
-
-    @model_validator(mode="after")
-    def _divides(self) -> VitSizes:
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is no multiple of num_heads {self.num_heads}")
-        return self
 
 
 class Vit(nn.Module):

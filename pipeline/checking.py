@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from models.hand_model import OPEN_HAND
 from models.model_config import model_config_path
@@ -14,9 +13,6 @@ from stages.config import HamerNpzDataset
 from stages.ingest import source_files
 from storage.errors import InputError
 from trainer.config import StudentRecipe, grid_problem
-
-if TYPE_CHECKING:
-    from models.student import StudentSpec
 
 
 def check_inputs(experiment: Experiment, *, backbones: bool = True) -> None:
@@ -86,17 +82,16 @@ def _weights_problems(experiment: Experiment) -> Iterator[str]:
 
 
 def _backbone_problems(experiment: Experiment) -> Iterator[str]:
-    from models.student import StudentSpec
-
     for name, recipe in experiment.recipes().items():
-        spec = StudentSpec(backbone=recipe.backbone)
-        yield from _complaint(f"students.{name}.backbone", partial(_check_backbone, spec, recipe, experiment))
+        yield from _complaint(f"students.{name}.backbone", partial(_check_backbone, recipe, experiment))
 
 
-def _check_backbone(spec: StudentSpec, recipe: StudentRecipe, experiment: Experiment) -> None:
+def _check_backbone(recipe: StudentRecipe, experiment: Experiment) -> None:
     from models.student import feature_shape
+    from trainer.learner import student_spec
 
-    problem = grid_problem(recipe.distill, experiment.config.cache.features.grid, feature_shape(spec)[1:])
+    tokens = feature_shape(student_spec(recipe))[1:]
+    problem = grid_problem(recipe.distill, experiment.config.cache.features.grid, tokens)
     if problem is not None:
         raise InputError(problem)
 

@@ -115,7 +115,15 @@ def _explain(item: ErrorDetails) -> list[str]:
         return [f"{dotted}.format: found {found!r}, want {' or '.join(FORMATS)}{did_you_mean(found, FORMATS)}"]
     if item["type"] in ("dict_type", "model_type", "model_attributes_type"):
         return [f"{dotted}: want a mapping of keys to values; found {_short(item['input'])}"]
-    return [f"{dotted}: {item['msg']}; found {_short(item['input'])}"]
+    return [f"{dotted}: {item['msg']}; found {_short(item['input'])}{_near_choice(item)}"]
+
+
+def _near_choice(item: ErrorDetails) -> str:
+    """`; did you mean 'x'?` where what was found is nearly one of the words that may stand there."""
+    if item["type"] != "literal_error":
+        return ""
+    hint = did_you_mean(str(item["input"]), re.findall("'([^']*)'", item["ctx"]["expected"]))
+    return hint if "did you mean" in hint else ""
 
 
 def _without_union_members(location: Sequence[int | str]) -> list[int | str]:

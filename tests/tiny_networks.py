@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from models.hand_model import HandModel, hand_model_from_arrays, save_hand_model
-from models.mano_head import DecoderSizes
+from models.sizes import DecoderSizes, VitSizes
 from models.student import Student, StudentSpec, export_hamer_checkpoint
-from models.vit import VitSizes
 
 PARENTS = [-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14]
 TINY_HAMER = StudentSpec(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from models.sizes import HAMER, DecoderSizes, VitSizes
 from storage.config import FeatureGrid, Section
 
 TRAINING_VERSION = 1
@@ -138,11 +139,16 @@ class _Network(Section):
     """What a student is made of and what it learns from the teacher."""
 
     backbone: str
-    """A timm model name."""
+    """A timm model name; `hamer` for HaMeR's own ViT, of the sizes `vit`; or torchvision/<name> for the networks of
+    Fast-HaMeR's code, in torchvision's names."""
+    vit: VitSizes | None = None
+    """Sizes of the backbone `hamer`, and of no other; null: ViT-H, the teacher's own."""
     weights: str | None = None
     """Local file with the backbone's pretrained weights; nothing is ever downloaded."""
     head: Literal["paper", "light"] = "paper"
     """paper: HaMeR's decoder (6 layers, 1024 wide, 37 M parameters). light: 2 layers, 256 wide."""
+    decoder: DecoderSizes | None = None
+    """Sizes of a head that is neither of the two, in place of `head`."""
     distill: DistillConfig = DistillConfig()
 
 
@@ -179,6 +185,17 @@ class StudentConfig(_Network, TrainOptions):
 
     on: Once[str] = Field(default=[], min_length=1)
     """Data sets, mixed by their weights; not given: those of `train`."""
+
+    @model_validator(mode="after")
+    def _sizes_have_a_place(self) -> StudentConfig:
+        if self.vit is not None and self.backbone != HAMER:
+            raise ValueError(
+                f"vit gives the sizes of the backbone {HAMER}, and the backbone here is {self.backbone}; "
+                f"leave vit out, or set backbone: {HAMER}"
+            )
+        if self.decoder is not None and "head" in self.model_fields_set:
+            raise ValueError(f"both head ({self.head}) and decoder say how large the head is; leave one of them out")
+        return self
 
     @model_serializer(mode="wrap")
     def _only_what_was_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models.preprocessing import normalise
-from models.student import Student
+from models.student import Student, StudentSpec
 from storage.config import FeatureGrid
 from trainer.config import DistillConfig, StudentRecipe
 from trainer.data import FEATURES, FEATURES_SCALE, LABELS, PICTURES, TEACHER_OUTPUTS
@@ -25,6 +26,17 @@ def keys_for(distill: DistillConfig) -> tuple[str, ...]:
         *LABELS,
         *(TEACHER_OUTPUTS if distill.outputs else ()),
         *((FEATURES,) if distill.features else ()),
+    )
+
+
+def student_spec(recipe: StudentRecipe, weights: Path | None = None) -> StudentSpec:
+    """The network that a recipe names. weights: its pretrained backbone, already found."""
+    return StudentSpec(
+        backbone=recipe.backbone,
+        vit=recipe.vit,
+        head=recipe.head,
+        decoder=recipe.decoder,
+        weights=None if weights is None else str(weights),
     )
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from models.hand_model import load_hand_model
-from models.student import Student, StudentSpec
+from models.student import Student
 from storage.cache import HAND_MODEL, open_cache
 from storage.config import FeatureGrid
 from storage.durable import (
@@ -45,7 +45,7 @@ from trainer.features import feature_decoder
 from trainer.job import CHECKPOINT, PICTURES_PNG, RESULT, STUDENT, Callbacks, Silent, TrainJob, TrainResult
 from trainer.job import params_of as params_of
 from trainer.job import read_result as read_result
-from trainer.learner import StudentUnderTraining, Tensors, keys_for
+from trainer.learner import StudentUnderTraining, Tensors, keys_for, student_spec
 from trainer.metrics import pa_mpjpe_mm
 from trainer.pictures import sheet
 from trainer.prior import PosePrior, read_mocap
@@ -115,8 +115,7 @@ class _Run:
             raise InputError(f"the data sets of {job.name} are cached differently: {told}; use one cache")
         grid, teacher_dim, decoder = readers[0].grid, readers[0].feature_shape[-1], feature_decoder(readers[0].codec)
         torch.manual_seed(job.seed)
-        weights = str(job.weights) if job.weights else None
-        spec = StudentSpec(backbone=self.recipe.backbone, head=self.recipe.head, weights=weights)
+        spec = student_spec(self.recipe, job.weights)
         student = Student(spec, load_hand_model(sound_attachment(job.hand_model or readers[0].root / HAND_MODEL)))
         self.module = StudentUnderTraining(student, self.recipe, cast(FeatureGrid, grid), teacher_dim, decoder)
         self.module.to(self.device).to(memory_format=self.module.memory_format)

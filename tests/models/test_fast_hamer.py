@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from models.fast_hamer import describe_checkpoint, load_fast_hamer
 from models.hamer import hands_from_features
 from models.mano import ManoLayer
-from models.mano_head import DecoderSizes, ManoHead
+from models.mano_head import ManoHead
+from models.sizes import DecoderSizes
 from models.student import Student, StudentSpec
 from storage.errors import InputError
 from tests.tiny_networks import TINY_HAMER, tiny_hand_model, tiny_student

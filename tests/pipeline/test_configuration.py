@@ -166,6 +166,21 @@ def test_references_have_to_exist(changes: dict[str, Any], said: str) -> None:
         ),
         ({"cache.features": {"grid": "8x6-geometric"}}, ["students.hybrid", "grid 8x6-geometric", "8x8-paper or full"]),
         (
+            {"students.hybrid.distill": {"features": 1.0, "preset": "papr"}},
+            ["students.hybrid.distill.preset", "'papr'", "did you mean 'paper'?"],
+        ),
+        (
+            {"students.hybrid.distill": {"features": 1.0, "alignment": "geometrc"}},
+            ["students.hybrid.distill.alignment", "'geometrc'", "did you mean 'geometric'?"],
+        ),
+        (
+            {"students.hybrid.distill": {"strategy": "hybrid"}},
+            ["students.hybrid.distill.strategy", "unknown key", "outputs, features"],
+        ),
+        ({"students.plain.head": "lihgt"}, ["students.plain.head", "'lihgt'", "did you mean 'light'?"]),
+        ({"students.plain.vit": {"depth": 4}}, ["students.plain", "backbone hamer", "mobilenetv3_small_050"]),
+        ({"students.plain.decoder": {"depth": 4}}, ["students.plain", "head (light)", "leave one of them out"]),
+        (
             {"students.hybrid.distill": {"preset": "paper", "alignment": "geometric", "features": 1.0}},
             ["students.hybrid.distill", "preset paper"],
         ),

@@ -47,7 +47,12 @@ def test_a_default_spelt_out_still_overrides() -> None:
         ({"distill": {"output": 0.3}}, ("distill", "output")),
         ({"distill": {"preset": "papper"}}, ("distill", "preset")),
         ({"distill": {"preset": "paper", "alignment": "geometric"}}, ("distill",)),
+        ({"distill": {"alignment": "geometrical"}}, ("distill", "alignment")),
         ({"head": "lite"}, ("head",)),
+        ({"vit": {"depth": 4}}, ()),
+        ({"head": "light", "decoder": {"depth": 2}}, ()),
+        ({"backbone": "hamer", "vit": {"embed_dim": 100, "num_heads": 3}}, ("vit",)),
+        ({"backbone": "hamer", "vit": {"dept": 4}}, ("vit", "dept")),
         ({"on": []}, ("on",)),
     ],
 )
