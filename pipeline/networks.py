@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from models.hand_model import OPEN_HAND, HandModel
-from models.student import HAMER, Student
+from models.sizes import HAMER
+from models.student import Student
 from storage.errors import InputError
 from trainer.job import STUDENT
 
