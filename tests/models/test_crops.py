@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
@@ -120,3 +121,22 @@ def test_camera_in_the_photograph_projects_as_the_crop_does() -> None:
         photo_px = focal_px * in_photo[:2] / in_photo[2] + [60, 45]
         # weak against full perspective: the mirrored column is W - 1 - x here and W - x in HaMeR's camera
         np.testing.assert_allclose(photo_px, to_photo_px(units, cut.affine), atol=1.1)
+
+
+def test_smoothing_what_the_crop_reads_is_smoothing_the_photograph() -> None:
+    """To the bit, at the photograph's edges, turned and mirrored; and nothing else of the photograph is smoothed."""
+    rng = np.random.default_rng(0)
+    for size, right in ((560, True), (700, False), (2500, True), (900, False)):
+        photo = rng.integers(0, 256, (620, 810, 3), dtype=np.uint8)
+        center = rng.uniform(-50, 800, 2)
+        turned = Augmentation(rotation_deg=float(rng.uniform(-60, 60)))
+        found = crop(photo, center, size, right, turned, antialias=True)
+        sigma = (size / 256 / 2 - 1) / 2
+        side = 2 * int(4 * sigma + 0.5) + 1
+        source = photo if right else np.ascontiguousarray(photo[:, ::-1])
+        whole = source.astype(np.float32)
+        if size / 256 / 2 > 1.1:
+            whole = cv2.GaussianBlur(whole, (side, side), sigma, borderType=cv2.BORDER_REPLICATE)
+        mirror = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]] if right else [[-1.0, 0, 809], [0, 1, 0], [0, 0, 1]])
+        wanted = cv2.warpAffine(whole, found.affine @ mirror, (256, 256), flags=cv2.INTER_LINEAR)
+        assert np.array_equal(found.picture, np.rint(np.clip(wanted, 0, 255)).astype(np.uint8))
