@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written to
         if arguments.verbose:
             logging.getLogger("handstill").exception("the command failed")
-        return _failed(arguments, f"{error}; {_GO_ON}", 1)
+        return _failed(arguments, f"{error}; {arguments.afterwards}", 1)
     except KeyboardInterrupt:
         cause = stopped_by[0] if stopped_by else signal.SIGINT
-        return _failed(arguments, f"stopped by {cause.name}; {_GO_ON}", 128 + cause)
+        return _failed(arguments, f"stopped by {cause.name}; {arguments.afterwards}", 128 + cause)
 
 
 def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Offline distillation of HaMeR into small 3D hand mesh networks.",
         parents=[_global_options()],
     )
-    parser.set_defaults(config=Path("pipeline.yaml"), json=False, verbose=False)
+    parser.set_defaults(config=Path("pipeline.yaml"), json=False, verbose=False, afterwards=_GO_ON)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     def verb(name: str, command: Command, help_text: str) -> argparse.ArgumentParser:
@@ -134,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     one_job.add_argument("--stop", metavar="JOB", help="submit nothing; stop this job")
     predict = verb("predict", _predict, "the hands in pictures, folders and videos: joints, meshes, overlays")
     _add_predict_options(predict)
+    predict.set_defaults(afterwards="what is finished is kept whole, the same command makes all of it again")
     clean = verb("clean", _clean, "list outputs that no plan refers to")
     clean.add_argument("--stale", action="store_true", required=True)
     clean.add_argument("--yes", action="store_true", help="delete them")

@@ -296,3 +296,22 @@ def test_a_table_for_a_person(student: Path, photos: Path, tmp_path: Path) -> No
     assert lines[3].split()[:7] == ["a.jpg", "0", "left", "60", "40", "80", "100"]
     assert "right (assumed)" in lines[4]
     assert lines[-1] == "1 with hands"
+
+
+def test_a_full_disk_leaves_whole_folders_only(
+    student: Path, photos: Path, tmp_path: Path, detector: list[HandBox], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector.append(HandBox(60, 40, 80, 100, right=True, side_from="detector", score=1.0))
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.name == "hands.json" and ".b.png" in str(path):
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    answer = handstill("predict", photos, "--network", student, "--out", tmp_path / "out")
+    assert answer.code == 1
+    assert "No space left on device; what is finished is kept whole" in answer.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.jpg.hands"]
+    assert (tmp_path / "out/a.jpg.hands/hands.json").is_file()
