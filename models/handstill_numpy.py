@@ -184,6 +184,12 @@ class HandLayer:
         self.arrays = dict(arrays)
         self.faces: NDArray[np.int64] = self.arrays["faces"]
         self._parents: list[int] = self.arrays["parents"].tolist()
+        # Flat and in double precision: L shape components, P pose terms. The larger products are einsums, which stay in
+        # this thread: for a few hands BLAS's threads cost more than they do, where onnxruntime's are spinning.
+        self._shape_L3V = _flat(self.arrays["shapedirs"])
+        self._pose_P3V = _flat(self.arrays["posedirs"])
+        self._regressor_JV = self.arrays["j_regressor"].astype(np.float64)
+        self._weights_VJ = self.arrays["weights"].astype(np.float64)
 
     @classmethod
     def load(cls, path: str | Path) -> HandLayer:
@@ -194,15 +200,16 @@ class HandLayer:
     def __call__(self, global_orient: Array, hand_pose: Array, betas: Array) -> tuple[Array, Array]:
         """(B,1,3,3), (B,15,3,3), (B,10) to vertices (B,V,3) and keypoints (B,21,3), metres, in double precision."""
         turns_BJ33 = np.concatenate([global_orient, hand_pose], axis=1).astype(np.float64)
-        shaped_BV3 = self.arrays["v_template"] + np.einsum("vkl,bl->bvk", self.arrays["shapedirs"], betas)
-        rest_BJ3 = np.einsum("jv,bvk->bjk", self.arrays["j_regressor"], shaped_BV3)
-        bend_BP = (turns_BJ33[:, 1:] - np.eye(3)).reshape(len(turns_BJ33), -1)
-        unposed_BV3 = shaped_BV3 + np.einsum("vkp,bp->bvk", self.arrays["posedirs"], bend_BP)
+        batch, vertices = len(turns_BJ33), self.arrays["v_template"].shape[0]
+        shaped_BV3 = self.arrays["v_template"] + (betas.astype(np.float64) @ self._shape_L3V).reshape(-1, vertices, 3)
+        rest_BJ3 = self._regressor_JV @ shaped_BV3
+        bend_BP = (turns_BJ33[:, 1:] - np.eye(3)).reshape(batch, -1)
+        unposed_BV3 = shaped_BV3 + np.einsum("bp,pn->bn", bend_BP, self._pose_P3V).reshape(batch, vertices, 3)
         world_BJ33, joints_BJ3 = self._chain(turns_BJ33, rest_BJ3)
-        shift_BJ3 = joints_BJ3 - np.einsum("bjac,bjc->bja", world_BJ33, rest_BJ3)
-        blended = np.einsum("vj,bjac->bvac", self.arrays["weights"], world_BJ33, optimize=True)
-        vertices_BV3 = np.einsum("bvac,bvc->bva", blended, unposed_BV3)
-        vertices_BV3 += np.einsum("vj,bja->bva", self.arrays["weights"], shift_BJ3)
+        shift_BJ31 = joints_BJ3[..., None] - world_BJ33 @ rest_BJ3[..., None]
+        columns_BJ12 = np.concatenate([world_BJ33, shift_BJ31], axis=3).reshape(batch, len(self._parents), 12)
+        blended_BV34 = np.einsum("vj,bjn->bvn", self._weights_VJ, columns_BJ12).reshape(batch, vertices, 3, 4)
+        vertices_BV3 = np.einsum("bvac,bvc->bva", blended_BV34[..., :3], unposed_BV3) + blended_BV34[..., 3]
         points = np.concatenate([joints_BJ3, vertices_BV3[:, FINGERTIP_VERTICES]], axis=1)
         return vertices_BV3, points[:, OPENPOSE_ORDER]
 
@@ -214,6 +221,10 @@ class HandLayer:
             joints_BJ3[:, joint] = joints_BJ3[:, parent] + (world_BJ33[:, parent] @ bone_B31)[..., 0]
             world_BJ33[:, joint] = world_BJ33[:, parent] @ turns_BJ33[:, joint]
         return world_BJ33, joints_BJ3
+
+
+def _flat(directions_V3N: Array) -> NDArray[np.float64]:
+    return np.ascontiguousarray(directions_V3N.reshape(-1, directions_V3N.shape[-1]).T, np.float64)
 
 
 # ---- the network ----------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def write_onnx(backbone: nn.Module, mano_head: ManoHead, mano: ManoLayer | None,
     _check_batch(model)
     _name_nodes(model)
     _forget_origins(model)
-    large = model.ByteSize() < 0 or model.ByteSize() > EXTERNAL_FROM_BYTES
+    large = sum(value.nbytes for value in answers.state_dict().values()) > EXTERNAL_FROM_BYTES
     onnx.save_model(model, str(path), save_as_external_data=large, location=f"{path.name}.data" if large else None)
 
 

@@ -200,7 +200,13 @@ def _log(unit: EvaluateUnit, result: EvaluationResult) -> str:
         f"mean_pose/{name}/{key}": value for name, scores in result.mean_pose.items() for key, value in scores.items()
     }
     values |= {f"latency_ms/{size}": value for size, value in result.latency_ms.items()}
-    optional = {"fps": result.fps, "params_m": result.params_m}
+    optional = {
+        "fps": result.fps,
+        "params_m": result.params_m,
+        "gflop": result.gflop,
+        "peak_memory_mb": result.peak_memory_mb,
+        "latency_whole_path_ms": None if result.whole_path is None else result.whole_path.p50_ms,
+    }
     tracker.metrics(run_id, values | {key: value for key, value in optional.items() if value is not None})
     tracker.artifact(run_id, unit.out_dir / EVALUATION, "evaluation")
     for each in unit.sets:  # not pred.json: hundreds of megabytes on the real sets

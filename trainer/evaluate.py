@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from models.hamer import Hamer, HamerConfig
-from models.hand_model import HandModel, load_hand_model
+from models.hand_model import load_hand_model
 from models.mano import ManoLayer
 from models.student import Student
 from storage.cache import CacheReader, open_cache
@@ -33,7 +34,7 @@ from storage.errors import DamageError, InputError
 from storage.identity import sound_attachment
 from trainer.config import LatencyConfig
 from trainer.data import PICTURES, Batch, in_order
-from trainer.latency import Latency, measure
+from trainer.latency import Latency, gflop, measure, measure_whole_path, network_alone, peak_memory_mb
 from trainer.predictors import Predict, cached_teacher, mean_pose, student_prediction
 from trainer.scores import LABEL_KEYS, TRUTH_KEYS, Protocol, Scoring
 
@@ -105,6 +106,12 @@ class EvaluationResult:
     """The same metrics for the hand model's mean pose on every picture: what knowing nothing scores. Teacher only."""
     params_m: float | None = None
     latency: dict[str, Latency] = field(default_factory=dict)
+    whole_path: Latency | None = None
+    """From a decoded photograph and a box to joints and mesh, one hand."""
+    gflop: float | None = None
+    """Of one picture; two a multiply-add."""
+    peak_memory_mb: float | None = None
+    """Of a forward at the smallest batch size: `trainer.latency.peak_memory_mb`."""
     device: str | None = None
     """What the latency was measured on, threads included."""
 
@@ -130,22 +137,16 @@ def evaluate_student(job: EvaluateJob) -> EvaluationResult:
     metrics, samples, unanswered = _score_sets(
         job.sets, job.out_dir, STUDENT_VIEW, predict, job.batch_size, mean_pose(student.hand_model)
     )
-    channels_last = student.channels_last_safe
-    latency = measure(student, job.latency, device, channels_last=channels_last) if job.latency else {}
-    return _finish(
-        job.out_dir,
-        EvaluationResult(
-            name=job.name,
-            seed=job.seed,
-            identity=job.identity,
-            metrics=metrics,
-            samples=samples,
-            unanswered=unanswered,
-            params_m=sum(p.numel() for p in student.parameters()) / 1e6,
-            latency=latency,
-            device=describe(device),
-        ),
+    result = EvaluationResult(
+        name=job.name,
+        seed=job.seed,
+        identity=job.identity,
+        metrics=metrics,
+        samples=samples,
+        unanswered=unanswered,
     )
+    channels_last = student.channels_last_safe
+    return _finish(job.out_dir, _with_size_and_speed(result, student, job.latency, device, channels_last=channels_last))
 
 
 def evaluate_teacher(job: TeacherJob) -> EvaluationResult:
@@ -158,20 +159,33 @@ def evaluate_teacher(job: TeacherJob) -> EvaluationResult:
     baseline, _, _ = _score_sets(job.sets, None, STUDENT_VIEW, nothing, job.batch_size, nothing)
     result = EvaluationResult("teacher", None, job.identity, metrics, samples, unanswered, mean_pose=baseline)
     if job.model_config is not None:
-        result = _with_size_and_speed(result, job, HamerConfig.from_yaml(job.model_config), hand_model)
+        network = Hamer(HamerConfig.from_yaml(job.model_config), ManoLayer(hand_model))
+        result = _with_size_and_speed(result, network, job.latency, _device(job.device), channels_last=False)
     return _finish(job.out_dir, result)
 
 
 def _with_size_and_speed(
-    result: EvaluationResult, job: TeacherJob, config: HamerConfig, hand_model: HandModel
+    result: EvaluationResult,
+    network: nn.Module,
+    latency: LatencyConfig | None,
+    device: torch.device,
+    *,
+    channels_last: bool,
 ) -> EvaluationResult:
-    device = _device(job.device)
-    network = Hamer(config, ManoLayer(hand_model))
+    result = dataclasses.replace(
+        result, params_m=sum(p.numel() for p in network.parameters()) / 1e6, device=describe(device)
+    )
+    if latency is None:
+        return result
+    by_size = measure(network, latency, device, channels_last=channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    smallest = network_alone(network, min(latency.batch_sizes), device, memory_format)
     return dataclasses.replace(
         result,
-        params_m=sum(p.numel() for p in network.parameters()) / 1e6,
-        latency=measure(network, job.latency, device, channels_last=False) if job.latency else {},
-        device=describe(device),
+        latency=by_size,
+        whole_path=measure_whole_path(network, latency, device, channels_last=channels_last),
+        gflop=gflop(network, device),
+        peak_memory_mb=peak_memory_mb(smallest, device),
     )
 
 
@@ -187,7 +201,8 @@ def read_evaluation(out_dir: Path, identity: str) -> EvaluationResult | None:
     try:
         values = json.loads(path.read_bytes())
         latency = {size: Latency(**each) for size, each in values.pop("latency").items()}
-        result = EvaluationResult(**values, latency=latency)
+        whole_path = None if values.get("whole_path") is None else Latency(**values["whole_path"])
+        result = EvaluationResult(**values | {"latency": latency, "whole_path": whole_path})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamageError(f"{path} is damaged ({error!r}); delete it and run `handstill run evaluate`") from error
     return result if result.identity == identity else None

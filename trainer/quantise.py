@@ -36,12 +36,17 @@ BATCH = 8
 
 def quantise(network: Path, quantised: Path, int8: Int8) -> None:
     """Write the int8 version of a float graph. Raises InputError where there is no picture to calibrate on."""
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
     pictures = [batch[PICTURES] for batch in _batches(int8.calibrate_on, int8.pictures, (PICTURES,))]
     if not pictures:
         raise InputError("int8: the caches hold no picture to calibrate on; run `handstill run teach` first")
+    quantise_on(pictures, network, quantised)
+
+
+def quantise_on(pictures: Sequence[NDArray[np.uint8]], network: Path, quantised: Path) -> None:
+    """Write the int8 version of a float graph, calibrated on batches (B,256,256,3)."""
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
     prepared = partial_path(quantised)
     try:
         with _quiet():

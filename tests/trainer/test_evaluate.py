@@ -219,6 +219,12 @@ def test_a_student_is_evaluated_once(tmp_path: Path) -> None:
     assert (result.samples, result.unanswered) == ({"val": 7}, {"val": 0})
     assert result.latency_ms.keys() == {"1", "2"}
     assert result.fps == pytest.approx(1000 / result.latency_ms["1"])
+    assert result.whole_path is not None
+    assert (result.whole_path.batch_size, result.whole_path.iterations) == (1, LATENCY.iterations)
+    assert result.gflop is not None
+    assert 0.01 < result.gflop < 1
+    assert result.peak_memory_mb is not None
+    assert result.peak_memory_mb > 100, "of a process with torch in it"
     assert "1 threads" in str(result.device)
     assert read_evaluation(job.out_dir, "id") == result == evaluate_student(job)
     assert read_evaluation(job.out_dir, "other") is None
