@@ -41,8 +41,9 @@ from models.mano import ManoLayer
 from models.mano_head import ManoHead
 from models.onnx_graph import INPUT, hand_model_npz, write_onnx
 from models.preprocessing import IMAGE_SIZE
+from models.sizes import VitSizes
 from models.student import Student, StudentSpec
-from models.vit import VitSizes
+from models.vit import Vit
 from storage.durable import canonical_json
 from trainer.export import NETWORK
 from trainer.export_files import DESCRIPTION, HAND_MODEL, describe_network
@@ -95,8 +96,9 @@ def export(network: nn.Module, folder: Path) -> None:
     for name, layer in (("inside", mano), ("outside", None)):
         (folder / name).mkdir(parents=True)
         write_onnx(backbone, head, layer, folder / name / NETWORK)
-        description = {"network": NETWORK, **describe_network(with_hand_model=layer is not None)}
-        (folder / name / DESCRIPTION).write_bytes(canonical_json(description))
+        inner_columns = isinstance(backbone, Vit)
+        description = describe_network(with_hand_model=layer is not None, inner_columns=inner_columns)
+        (folder / name / DESCRIPTION).write_bytes(canonical_json({"network": NETWORK, **description}))
         (folder / name / HAND_MODEL).write_bytes(hand_model_npz(mano.hand_model))
 
 
@@ -133,13 +135,13 @@ def ways_of(networks: dict[str, nn.Module], exports: dict[Way, Path], settings: 
     formats = {name: torch.contiguous_format if name == TEACHER else torch.channels_last for name in networks}
     for name, network in networks.items():
         network.to(memory_format=formats[name])
+    inside = {way: Hands(folder / "inside", threads=settings.threads) for way, folder in exports.items()}
     found: dict[str, dict[Way, Any]] = {}
     for path, batch in ((f"network, batch {size}", size) for size in dict.fromkeys((1, settings.batch))):
         found[path] = {
             (name, PYTORCH): network_alone(network, batch, device, formats[name]) for name, network in networks.items()
         }
-        for way, folder in exports.items():
-            found[path][way] = exported_alone(Hands(folder / "inside", threads=settings.threads), batch)
+        found[path] |= {way: exported_alone(hands, batch) for way, hands in inside.items()}
     found["whole path"] = {
         (name, PYTORCH): whole_path(network, device, formats[name]) for name, network in networks.items()
     }

@@ -328,9 +328,12 @@ class Hands:
         return [self._in_photo(*found, pixels.shape) for found in zip(boxes, cuts, each, strict=True)]
 
     def _cut(self, photo: NDArray[np.uint8], box: Box) -> Crop:
-        longer = max(box.right_px - box.left_px, box.bottom_px - box.top_px)
-        center = ((box.left_px + box.right_px) / 2, (box.top_px + box.bottom_px) / 2)
         rule = self.description["crop"]
+        width, height = box.right_px - box.left_px, box.bottom_px - box.top_px
+        longer = max(width, height)
+        if rule["widen_to"] is not None:
+            longer = max(longer, width * rule["widen_to"][1] / rule["widen_to"][0])
+        center = ((box.left_px + box.right_px) / 2, (box.top_px + box.bottom_px) / 2)
         return crop(photo, center, rule["of_tight_box"] * longer, box.right, side_px=rule["side_px"])
 
     def _in_photo(self, box: Box, cut: Crop, said: dict[str, Array], shape: tuple[int, ...]) -> Hand:

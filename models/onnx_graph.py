@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
+from models.backbones import TimmBackbone
 from models.hand_model import HandModel
 from models.mano import ManoLayer
 from models.mano_head import ManoHead
@@ -102,7 +102,9 @@ def _folded(backbone: nn.Module) -> nn.Module:
 
     Batch norms behind convolutions are folded by the exporter.
     """
-    folded: nn.Module = reparameterize_model(copy.deepcopy(backbone).eval())
+    folded = copy.deepcopy(backbone).eval()
+    if isinstance(folded, TimmBackbone):
+        folded.fuse()
     return folded
 
 

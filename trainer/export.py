@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from models.hand_model import hand_model_digest
 from models.onnx_graph import hand_model_npz, write_onnx
 from models.preprocessing import IMAGE_SIZE, normalise
+from models.sizes import HAMER
 from models.student import Student
 from storage.durable import (
     canonical_json,
@@ -148,7 +149,7 @@ def _fill(folder: Path, job: ExportJob, student: Student) -> ExportResult:
     (folder / HAND_MODEL).write_bytes(hand_model_npz(student.hand_model))
     (folder / RUNTIME).write_bytes((Path(__file__).parents[1] / "models" / RUNTIME).read_bytes())
     student.save(folder)
-    describe = describe_network(with_hand_model=job.with_hand_model)
+    describe = describe_network(with_hand_model=job.with_hand_model, inner_columns=student.spec.backbone == HAMER)
     _write_json(folder / DESCRIPTION, {"network": NETWORK, **describe})
     difference = compare(folder, student, _pictures(job))
     if not difference.small:

@@ -38,13 +38,15 @@ def hand_model_licence(digest: str) -> str:
     return "CC0 1.0: handstill's open hand" if digest == _open_hand_digest() else MANO_LICENCE
 
 
-def describe_network(*, with_hand_model: bool) -> dict[str, Any]:
-    """preprocessing.json, but for the network's file name."""
+def describe_network(*, with_hand_model: bool, inner_columns: bool) -> dict[str, Any]:
+    """preprocessing.json, but for the network's file name. `inner_columns`: it sees 192 columns of the crop's 256, as
+    HaMeR's ViT does, and wants wider crops of wide boxes."""
     # Imported late: torch and OpenCV; the numbers stand with the code that trained with them.
-    from models.crops import CROP_PX, HINT_BOX
+    from models.crops import CROP_PX, DEMO_BOX, HINT_BOX
     from models.preprocessing import FOCAL_LENGTH_PX, IMAGE_MEAN, IMAGE_STD
 
-    assert HINT_BOX.rescale == TIGHT_BOX_FACTOR
+    box = DEMO_BOX if inner_columns else HINT_BOX
+    assert box.rescale == TIGHT_BOX_FACTOR
     return {
         "format": "handstill-export",
         "format_version": FORMAT_VERSION,
@@ -61,8 +63,10 @@ def describe_network(*, with_hand_model: bool) -> dict[str, Any]:
             "side_px": CROP_PX,
             "shape": "a square, not turned, around the middle of the hand's box; outside the photograph is black",
             "of_tight_box": TIGHT_BOX_FACTOR,
-            "rule": "side = of_tight_box * the longer side of a tight box; boxes annotated with a margin, as in "
-            "HaMeR's training data, are taken as they are",
+            "widen_to": None if box.aspect is None else list(box.aspect),
+            "rule": "side = of_tight_box * the longer side of a tight box, widened to the aspect widen_to (width, "
+            "height) before, if there is one; boxes annotated with a margin, as in HaMeR's training data, are taken "
+            "as they are",
             "map": "photo px = middle + (crop px - side_px / 2) * side / side_px, pixel centres at whole numbers",
             "interpolation": "bilinear, places rounded to 1/32 px (OpenCV 4 warpAffine)",
             "antialias": "side > 2.2 * side_px: first a Gaussian over the photograph, sigma = (side / side_px / 2 - 1) "

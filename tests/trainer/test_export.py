@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.hand_box import HandBox
 from models.handstill_numpy import Box, Hands
 from models.mano_head import ManoHead
 from models.onnx_graph import JOINTS_AND_MESH, PARAMETERS, write_onnx
+from models.photo_hands import HandPredictor
 from models.preprocessing import normalise
 from models.student import Student
 from storage.durable import is_partial, sha256_file
@@ -110,13 +112,23 @@ def test_left_and_right_are_mirror_pictures(exported: export.ExportResult) -> No
     np.testing.assert_array_equal(left.faces, right.faces[:, ::-1])
 
 
-def test_joints_in_the_photo_are_those_before_its_camera(exported: export.ExportResult) -> None:
-    """Projected by the photograph's camera, the placed hand falls where the crop's camera puts it."""
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("size", [(160, 120), (90, 140)], ids=["wide", "high"])
+def test_hands_in_photographs_are_those_that_predict_gives(
+    exported: export.ExportResult, student: Path, size: tuple[int, int], right: bool
+) -> None:
     photo = np.concatenate([procedural_pictures(1)[0]] * 2, axis=1)
-    (hand,) = Hands(exported.folder).in_photo(photo, [Box(300, 70, 400, 200, right=False)])
-    placed = hand.keypoints_3d + hand.translation
-    projected = hand.focal_px * placed[:, :2] / placed[:, 2:] + np.array([512, 256]) / 2
-    np.testing.assert_allclose(projected, hand.keypoints_2d, atol=1.0)
+    width, height = size
+    box, ours = HandBox(300, 70, width, height, right), Box(300, 70, 300 + width, 70 + height, right)
+    network = Student.load(student)
+    (wanted,) = HandPredictor(network, network.hand_model, sees_inner_columns=True)(photo, [box])
+    (found,) = Hands(exported.folder).in_photo(photo, [ours])
+    assert found.cut.box_px == wanted.square_px[2]
+    np.testing.assert_allclose(found.keypoints_2d, wanted.joints_2d_px, atol=0.01)
+    np.testing.assert_allclose(found.keypoints_3d + found.translation, wanted.joints_3d_m, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.vertices + found.translation, wanted.vertices_m, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found.faces, wanted.faces)
+    assert found.focal_px == wanted.focal_px
 
 
 SCRIPT = """
