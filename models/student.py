@@ -31,7 +31,7 @@ from storage.config import Section
 from storage.durable import write_bytes_atomic
 from storage.errors import DamageError, InputError
 
-_SPEC_FILE, _WEIGHTS_FILE, _HAND_FILE = "student.json", "weights.safetensors", "hand_model.safetensors"
+_SPEC_FILE, _WEIGHTS_FILE, HAND_FILE = "student.json", "weights.safetensors", "hand_model.safetensors"
 
 _HEADS = {"paper": DecoderSizes(), "light": DecoderSizes(dim=256, depth=2, heads=4, dim_head=64, mlp_dim=512)}
 """paper: HaMeR's own, 93% of a MobileNet student's parameters. light: for speed."""
@@ -108,7 +108,7 @@ class Student(nn.Module):
             if not name.startswith("mano.")
         }
         write_bytes_atomic(folder / _WEIGHTS_FILE, save_safetensors(weights))
-        save_hand_model(self.hand_model, folder / _HAND_FILE)
+        save_hand_model(self.hand_model, folder / HAND_FILE)
         stored = _StoredSpec(spec=self.spec.model_copy(update={"weights": None}))
         write_bytes_atomic(folder / _SPEC_FILE, stored.model_dump_json(indent=2).encode() + b"\n")
 
@@ -123,14 +123,14 @@ class Student(nn.Module):
             from models.fast_hamer import load_fast_hamer  # it builds students
 
             return load_fast_hamer(folder)[0]
-        absent = [name for name in (_SPEC_FILE, _WEIGHTS_FILE, _HAND_FILE) if not (folder / name).is_file()]
+        absent = [name for name in (_SPEC_FILE, _WEIGHTS_FILE, HAND_FILE) if not (folder / name).is_file()]
         if absent:
             wanted = "a folder students/<name>/seed-<n>/<identity>/student"
             raise InputError(f"{folder}: no student: {', '.join(absent)} missing. Wanted {wanted}.")
         try:
             stored = _StoredSpec.model_validate_json((folder / _SPEC_FILE).read_text())
             weights = load_safetensors(folder / _WEIGHTS_FILE)
-            hand_model = load_hand_model(folder / _HAND_FILE)
+            hand_model = load_hand_model(folder / HAND_FILE)
         except (ValidationError, SafetensorError, InputError) as error:
             raise DamageError(f"{folder}: not readable as a student: {error}. Train it again: handstill run") from error
         student = cls(stored.spec, hand_model)

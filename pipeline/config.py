@@ -26,6 +26,14 @@ class TrackingConfig(Section):
     uri: str | None = None
     """null: a SQLite file in the workdir; the environment's MLFLOW_TRACKING_URI wins over both."""
     experiment: str = Field(default="handstill", min_length=1)
+    register_models: bool = True
+    """Whether every trained student becomes a model of its run and a version of `<experiment>-<student>` in the model
+    registry. If not, its files are an artifact of the run."""
+    patience_s: float = Field(default=30.0, ge=0)
+    """How long the end of a student waits for a server that does not answer; what is left is delivered by the next
+    run."""
+    system_metrics_s: float = Field(default=10.0, gt=0)
+    """How often CPU, memory and GPU are looked at while a student trains."""
 
 
 class ClusterConfig(Section):

@@ -23,6 +23,7 @@ from pipeline.workdir import claim_of
 from pipeline.workers import network_resources, ray_session, run_units
 from storage.cache import HAND_MODEL
 from storage.durable import canonical_json, sweep_partial, write_bytes_atomic
+from storage.errors import WorkError
 from trainer.config import SCORING_VERSION, LatencyConfig
 
 if TYPE_CHECKING:
@@ -140,8 +141,8 @@ class EvaluateUnit:
     batch_size: int
     latency: LatencyConfig
     target: TrackingTarget
-    run_memory: Path
-    """Where a student's training left the id of its MLflow run."""
+    run_folder: Path
+    """Where a student's training left the spool of its MLflow run."""
     tags: dict[str, str]
     inputs: tuple[CacheInput, ...]
     events: Path
@@ -188,13 +189,9 @@ def _score(unit: EvaluateUnit) -> EvaluationResult:
 
 
 def _log(unit: EvaluateUnit, result: EvaluationResult) -> str:
-    from pipeline.tracking import StudentRun, Tracker
+    from pipeline.run_log import StudentRun
     from trainer.evaluate import EVALUATION, SAMPLES
 
-    tracker = Tracker(unit.target)
-    run = StudentRun(unit.target, None, unit.label, unit.tags, unit.inputs, unit.run_memory.parent)
-    run_id = run.open(tracker)
-    tracker.inputs(run_id, unit.inputs)
     values = {f"{name}/{key}": value for name, scores in result.metrics.items() for key, value in scores.items()}
     values |= {
         f"mean_pose/{name}/{key}": value for name, scores in result.mean_pose.items() for key, value in scores.items()
@@ -207,11 +204,19 @@ def _log(unit: EvaluateUnit, result: EvaluationResult) -> str:
         "peak_memory_mb": result.peak_memory_mb,
         "latency_whole_path_ms": None if result.whole_path is None else result.whole_path.p50_ms,
     }
-    tracker.metrics(run_id, values | {key: value for key, value in optional.items() if value is not None})
-    tracker.artifact(run_id, unit.out_dir / EVALUATION, "evaluation")
+    values |= {key: value for key, value in optional.items() if value is not None}
+    measured = digest_of({"identity": unit.identity, "values": values})[:16]  # repeated, latencies differ
+    run = StudentRun(unit.target, None, unit.label, unit.tags, unit.inputs, unit.run_folder).open()
+    run.metrics(values, once=f"evaluation/{measured}")
+    run.artifact(unit.out_dir / EVALUATION, "evaluation")
     for each in unit.sets:  # not pred.json: hundreds of megabytes on the real sets
-        tracker.artifact(run_id, unit.out_dir / each.dataset / SAMPLES, f"evaluation/{each.dataset}")
-    tracker.end(run_id)
+        run.artifact(unit.out_dir / each.dataset / SAMPLES, f"evaluation/{each.dataset}")
+    left, run_id = run.close("FINISHED"), run.run_id
+    if left or run_id is None:
+        raise WorkError(
+            f"tracking.uri: {unit.label} is scored, and MLflow at {unit.target.uri} did not take it within "
+            f"{unit.target.patience_s:g} s. Nothing is lost: run again when the server is there."
+        )
     return run_id
 
 
@@ -262,7 +267,7 @@ def _unit(experiment: Experiment, cache: CacheState, state: EvaluationState) -> 
         batch_size=config.evaluate.batch_size,
         latency=config.evaluate.latency,
         target=tracking_target(config.tracking, experiment.workdir),
-        run_memory=(state.folder if student is None else student.folder) / "mlflow_run.json",
+        run_folder=state.folder if student is None else student.folder,
         tags={"handstill.kind": "teacher", "handstill.identity": state.digest} if student is None else student.tags(),
         inputs=tuple(
             CacheInput(name, str(cache.root), cache.fingerprint, digest, "evaluation")

@@ -18,6 +18,7 @@ from pipeline.ingesting import plan_ingest, run_ingest
 from pipeline.plan import Stage, StagePlan, StageResult
 from pipeline.referring import refer
 from pipeline.sharing import using
+from pipeline.spool import unfinished_spools
 from pipeline.synthesising import plan_synthesise, run_synthesise
 from pipeline.teaching import plan_teach, run_teach
 from pipeline.training import plan_train, run_train
@@ -69,12 +70,23 @@ def run_all(experiment: Experiment, last: str | None = None) -> dict[str, StageR
         sweep_leftovers(experiment.workdir)
         experiment.digests.save()
         append_event(experiment.workdir.events, "run_started", stages=[stage.name for stage in stages])
+        _deliver_leftovers(experiment)
         try:
             return _run_stages(experiment, stages, plans)
         except BaseException as error:
             with suppress(OSError):  # a full disk must not hide why the run failed
                 append_event(experiment.workdir.events, "run_failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise
+
+
+def _deliver_leftovers(experiment: Experiment) -> None:
+    """Give MLflow what earlier runs could not; also of students that were killed in the middle."""
+    workdir = experiment.workdir
+    if any(unfinished_spools(folder) for folder in (workdir.tracking_runs, workdir.students, workdir.evaluations)):
+        from pipeline.delivery import deliver_leftovers
+        from pipeline.tracking import tracking_target
+
+        deliver_leftovers(workdir, tracking_target(experiment.config.tracking, workdir), all_dead=True)
 
 
 def _run_stages(experiment: Experiment, stages: Sequence[Stage], plans: dict[str, StagePlan]) -> dict[str, StageResult]:

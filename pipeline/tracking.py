@@ -1,30 +1,73 @@
-"""The one module that writes to MLflow: a run a student, one for the teacher, nested under one run of the pipeline."""
+"""MLflow as the pipeline writes to it: connect to a store, find or begin a run, put records of a spool there.
+
+A store that does not answer raises `UnreachableError`, and the same records are sent again later; what a store will
+never take raises `RefusedError`. Nothing here waits longer than a request may take, or repeats one.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+import requests
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipeline.config import TrackingConfig
+from pipeline.registering import ModelRequest, register_student
+from pipeline.spool import Record
 from pipeline.workdir import Workdir
-from storage.durable import partial_path, remove_tree, sync_directory, write_bytes_atomic
+from storage.durable import partial_path, remove_tree, sync_directory
 from storage.errors import WorkError
 
 logging.getLogger("alembic").setLevel(logging.WARNING)  # a new SQLite file would print each of its migrations
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each attempt at a server that is away
 
 MAX_PARAM_CHARS = 6000  # MLflow refuses longer values
+MAX_PARAMS, MAX_METRICS = 100, 1000
+"""MLflow's limits a call."""
+SPOOL_TAG = "handstill.spool"
+"""On every run: which spool it is of. A run whose creation was not answered is found again by it."""
+REQUEST_TIMEOUT_S = 10
+"""MLflow's own default of 120 s, seven times, is for scripts that have nothing else to do."""
+UPLOAD_BYTES_PER_S = 2_000_000
+"""A server answers an upload when the file is in its store; so slowly may that go, beyond the timeout."""
+
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_REQUEST_LIMITS = {
+    _TIMEOUT: str(REQUEST_TIMEOUT_S),
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # one bar a small file otherwise
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where --json writes one document
+}
+_NO_ENTRY = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
+_NEVER = (
+    "BAD_REQUEST", "ENDPOINT_NOT_FOUND", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "MALFORMED_REQUEST", "NOT_FOUND",
+    "NOT_IMPLEMENTED", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST",
+)  # fmt: skip
+_LATER_HTTP = (401, 403, 408, 425, 429)
+"""Of the 4xx: those that may be answered differently another time."""
+_environment = threading.Lock()
+
+
+class UnreachableError(Exception):
+    """The store does not answer, or not now; the same may be sent again later."""
+
+    no_entry = False
+    """It answered that we may not: the user has to do something."""
+
+
+class RefusedError(Exception):
+    """The store answered that it will not take this, now or later."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +76,181 @@ class TrackingTarget:
 
     uri: str
     experiment: str
-    artifacts: str | None
+    artifacts: str | None = None
     """Artifact root of an experiment that has to be made; None: the server decides."""
+    patience_s: float = 30.0
+    """How long the end of a unit of work waits until everything is delivered."""
 
 
 def tracking_target(config: TrackingConfig, workdir: Workdir) -> TrackingTarget:
     """MLFLOW_TRACKING_URI, else the configured server, else a SQLite file in the workdir."""
+    limit_requests()  # also for those that read from there
     uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri
     if uri:
-        return TrackingTarget(uri, config.experiment, None)
-    return TrackingTarget(
-        f"sqlite:///{workdir.tracking_database}", config.experiment, workdir.tracking_artifacts.as_uri()
-    )
+        return TrackingTarget(uri, config.experiment, None, config.patience_s)
+    database = f"sqlite:///{workdir.tracking_database}"
+    return TrackingTarget(database, config.experiment, workdir.tracking_artifacts.as_uri(), config.patience_s)
+
+
+@dataclass(frozen=True)
+class CacheInput:
+    """One data set as a run read it: a cache snapshot."""
+
+    dataset: str
+    cache: str
+    fingerprint: str
+    digest: str
+    context: str
+    """training | evaluation."""
+
+
+def check_store(target: TrackingTarget) -> str | None:
+    """Connect once; why the store does not answer now, or None where it does.
+
+    Raises:
+        WorkError: it answers that it cannot be used as it is named, or that we may not.
+    """
+    try:
+        Tracker(target)
+    except UnreachableError as error:
+        if not error.no_entry:
+            return str(error)
+        problem = str(error)
+    except (RefusedError, OSError) as error:
+        problem = str(error)
+    else:
+        return None
+    raise WorkError(f"tracking.uri: cannot use the MLflow store at {target.uri}: {problem}")
+
+
+def limit_requests() -> None:
+    """Have MLflow's clients in this process give up soon on a server that does not answer; the user's limits win."""
+    for key, value in _REQUEST_LIMITS.items():
+        os.environ.setdefault(key, value)
+
+
+class Tracker:
+    """A connected store and its experiment. Raises UnreachableError and RefusedError, as every method does."""
+
+    def __init__(self, target: TrackingTarget) -> None:
+        self.target = target
+        limit_requests()
+        try:
+            if target.artifacts is not None:
+                _make_database(Path(target.uri.removeprefix("sqlite:///")))
+            self._client = MlflowClient(tracking_uri=target.uri)
+        except MlflowException as error:  # a kind of store that there is not
+            raise RefusedError(str(error)) from error
+        with _in_our_words():
+            self._experiment = self._experiment_id()
+
+    def _experiment_id(self) -> str:
+        found = self._client.get_experiment_by_name(self.target.experiment)
+        if found is None:
+            try:
+                return self._client.create_experiment(self.target.experiment, artifact_location=self.target.artifacts)
+            except MlflowException as error:
+                found = self._client.get_experiment_by_name(self.target.experiment)
+                if found is None:  # else another process made it just now
+                    raise error
+        return str(found.experiment_id)
+
+    def run_of(self, spool: str) -> str | None:
+        """The run of that spool; None where the store has none, or where somebody deleted it."""
+        with _in_our_words():
+            found = self._client.search_runs([self._experiment], f"tags.`{SPOOL_TAG}` = '{spool}'", max_results=1)
+        return str(found[0].info.run_id) if found else None
+
+    def has(self, run_id: str) -> bool:
+        """Whether the store has the run, and nobody deleted it."""
+        with _in_our_words():
+            try:
+                return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return False
+                raise
+
+    def begin(self, start: Record, parent: str | None) -> str:
+        """Begin the run that a spool's first record asks for; its id."""
+        fields = start.fields
+        tags = {"mlflow.runName": fields["name"], SPOOL_TAG: fields["spool"], **fields["tags"]}
+        if parent is not None:
+            tags["mlflow.parentRunId"] = parent
+        with _in_our_words():
+            made = self._client.create_run(self._experiment, fields["time_ms"], tags, fields["name"])
+        return str(made.info.run_id)
+
+    def metrics(self, run_id: str, records: Sequence[Record], *, in_doubt: bool) -> None:
+        """Log the values of some metrics records.
+
+        in_doubt: they may have been sent before, without an answer; what the store has is not sent again.
+        """
+        values = [
+            Metric(key, float(value), record.fields["time_ms"], record.fields["step"])
+            for record in records
+            for key, value in record.fields["values"].items()
+        ]
+        with _in_our_words():
+            if in_doubt:
+                values = self._without_known(run_id, values)
+            for start in range(0, len(values), MAX_METRICS):
+                self._client.log_batch(run_id, metrics=values[start : start + MAX_METRICS])
+
+    def _without_known(self, run_id: str, values: list[Metric]) -> list[Metric]:
+        """MLflow's databases ignore a point that they have (same key, step, time, value); other stores add it again."""
+        known = {
+            (point.key, point.step, point.timestamp, repr(point.value))  # repr: a NaN is like another
+            for key in {metric.key for metric in values}
+            for point in self._client.get_metric_history(run_id, key)
+        }
+        return [m for m in values if (m.key, m.step, m.timestamp, repr(m.value)) not in known]
+
+    def put(self, run_id: str, record: Record, folder: Path) -> None:
+        """Put any record that is neither the start nor metrics; doing so twice is doing it once.
+
+        folder: where the spool lies, from which artifacts have their paths.
+        """
+        fields = record.fields
+        with _in_our_words():
+            if record.kind == "params":
+                items = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in fields["values"].items()]
+                for start in range(0, len(items), MAX_PARAMS):
+                    self._client.log_batch(run_id, params=items[start : start + MAX_PARAMS])
+            elif record.kind == "inputs":
+                self._client.log_inputs(run_id, [_dataset_input(CacheInput(**each)) for each in fields["caches"]])
+            elif record.kind == "artifact":
+                self._artifact(run_id, folder / fields["path"], fields["folder"])
+            elif record.kind == "model":
+                self._model(run_id, folder / fields["path"], ModelRequest(**fields["model"]))
+            else:
+                assert record.kind == "status", record.kind
+                self._status(run_id, fields["status"], fields["time_ms"])
+
+    def _artifact(self, run_id: str, path: Path, folder: str | None) -> None:
+        with _time_to_upload(path):
+            if path.is_dir():
+                self._client.log_artifacts(run_id, str(path), folder)
+            else:
+                self._client.log_artifact(run_id, str(path), folder)
+
+    def _model(self, run_id: str, path: Path, request: ModelRequest) -> None:
+        with _time_to_upload(path):
+            try:
+                register_student(self._client, self._experiment, run_id, path, request)
+            except MlflowException as error:
+                if error.error_code not in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"):
+                    raise
+                self._artifact(run_id, path, request.name)  # a server older than MLflow 3: at least the files
+                raise RefusedError(
+                    f"the server has no models of runs ({error}); the student is among the files"
+                ) from error
+
+    def _status(self, run_id: str, status: str, time_ms: int) -> None:
+        if status == "RUNNING":
+            self._client.update_run(run_id, status=status)
+        else:
+            self._client.set_terminated(run_id, status, time_ms)
 
 
 def _make_database(path: Path) -> None:
@@ -62,80 +268,6 @@ def _make_database(path: Path) -> None:
     remove_tree(folder)
 
 
-@dataclass(frozen=True)
-class CacheInput:
-    """One data set as a run read it: a cache snapshot."""
-
-    dataset: str
-    cache: str
-    fingerprint: str
-    digest: str
-    context: str
-    """training | evaluation."""
-
-
-class Tracker:
-    """A connected store and its experiment."""
-
-    def __init__(self, target: TrackingTarget) -> None:
-        self.target = target
-        try:
-            if target.artifacts is not None:
-                _make_database(Path(target.uri.removeprefix("sqlite:///")))
-            self._client = MlflowClient(tracking_uri=target.uri)
-            self._experiment = self._experiment_id()
-        except (MlflowException, OSError) as error:
-            raise WorkError(f"tracking.uri: cannot use the MLflow store at {target.uri}: {error}") from None
-
-    def _experiment_id(self) -> str:
-        found = self._client.get_experiment_by_name(self.target.experiment)
-        if found is not None:
-            return str(found.experiment_id)
-        return str(self._client.create_experiment(self.target.experiment, artifact_location=self.target.artifacts))
-
-    def start(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
-        """Begin a run; its id."""
-        every = {"mlflow.runName": name, "mlflow.source.name": "handstill", **tags}
-        if parent is not None:
-            every["mlflow.parentRunId"] = parent
-        return str(self._client.create_run(self._experiment, tags=every, run_name=name).info.run_id)
-
-    def resume(self, run_id: str) -> bool:
-        """Set a run that was begun earlier running again; False where the store does not know it."""
-        try:
-            self._client.get_run(run_id)
-        except MlflowException:
-            return False
-        self._client.update_run(run_id, status="RUNNING")
-        return True
-
-    def params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        items = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in values.items()]
-        for start in range(0, len(items), 100):  # MLflow's limit a call
-            self._client.log_batch(run_id, params=items[start : start + 100])
-
-    def metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
-        now = int(time.time() * 1000)
-        self._client.log_batch(run_id, metrics=[Metric(key, float(value), now, step) for key, value in values.items()])
-
-    def tags(self, run_id: str, values: Mapping[str, str]) -> None:
-        self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in values.items()])
-
-    def inputs(self, run_id: str, caches: Sequence[CacheInput]) -> None:
-        """Say which cache snapshots the run read, as MLflow dataset inputs."""
-        self._client.log_inputs(run_id, [_dataset_input(cache) for cache in caches])
-
-    def artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        """Store a file, or a folder with all that is in it."""
-        if path.is_dir():
-            self._client.log_artifacts(run_id, str(path), folder)
-        else:
-            self._client.log_artifact(run_id, str(path), folder)
-
-    def end(self, run_id: str, status: str = "FINISHED") -> None:
-        self._client.set_terminated(run_id, status)
-
-
 def _dataset_input(cache: CacheInput) -> DatasetInput:
     source = json.dumps({"uri": cache.cache, "fingerprint": cache.fingerprint})
     entity = Dataset(name=cache.dataset, digest=cache.digest[:36], source_type="local", source=source)
@@ -143,41 +275,47 @@ def _dataset_input(cache: CacheInput) -> DatasetInput:
 
 
 @contextmanager
-def pipeline_run(tracker: Tracker, name: str, tags: Mapping[str, str]) -> Iterator[str]:
-    """The parent run of one `handstill run` that trains or evaluates."""
-    run_id = tracker.start(name, {"handstill.kind": "pipeline", **tags})
+def _time_to_upload(path: Path) -> Iterator[None]:
+    """More time for an answer while a big file or folder is on its way.
+
+    Raises:
+        RefusedError: there is nothing at that path.
+    """
+    if not path.exists():
+        raise RefusedError(f"{path} is gone")
+    files = [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
+    extra_s = sum(found.stat().st_size for found in files) // UPLOAD_BYTES_PER_S
+    with _environment:  # MLflow reads the limit from there at every request, and from nowhere else
+        before = os.environ[_TIMEOUT]
+        os.environ[_TIMEOUT] = str(int(before) + extra_s)
+        try:
+            yield
+        finally:
+            os.environ[_TIMEOUT] = before
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
     try:
-        yield run_id
-    except BaseException:
-        tracker.end(run_id, "FAILED")
-        raise
-    tracker.end(run_id)
+        yield
+    except MlflowException as error:
+        if error.error_code in _NEVER:
+            raise RefusedError(_first_line(error)) from error
+        raise _unreachable(error, no_entry=error.error_code in _NO_ENTRY) from error
+    except requests.HTTPError as error:  # of an upload
+        code = 0 if error.response is None else error.response.status_code
+        if 400 <= code < 500 and code not in _LATER_HTTP:
+            raise RefusedError(_first_line(error)) from error
+        raise _unreachable(error, no_entry=code in (401, 403)) from error
+    except OSError as error:
+        raise _unreachable(error, no_entry=False) from error
 
 
-@dataclass(frozen=True)
-class StudentRun:
-    """What the tracking of one student needs; picklable."""
+def _unreachable(error: Exception, *, no_entry: bool) -> UnreachableError:
+    told = UnreachableError(_first_line(error))
+    told.no_entry = no_entry
+    return told
 
-    target: TrackingTarget
-    parent: str | None
-    name: str
-    tags: dict[str, str]
-    inputs: tuple[CacheInput, ...]
-    folder: Path
-    """The student's own folder: it remembers its run, so that a resumed training goes on in it."""
 
-    @property
-    def memory(self) -> Path:
-        return self.folder / "mlflow_run.json"
-
-    def open(self, tracker: Tracker) -> str:
-        """The student's run: the one it had, else a new one."""
-        if self.memory.is_file():
-            run_id = str(json.loads(self.memory.read_text(encoding="utf-8"))["run_id"])
-            if tracker.resume(run_id):
-                return run_id
-        run_id = tracker.start(self.name, self.tags, self.parent)
-        tracker.inputs(run_id, self.inputs)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes_atomic(self.memory, json.dumps({"run_id": run_id}).encode())
-        return run_id
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:500]

@@ -22,7 +22,7 @@ from storage.durable import canonical_json, write_bytes_atomic
 from trainer.config import TRAINING_VERSION, StudentRecipe
 
 if TYPE_CHECKING:
-    from pipeline.tracking import StudentRun, Tracker
+    from pipeline.run_log import RunLog, StudentRun
     from trainer.job import TrainJob, TrainResult
 
 
@@ -143,30 +143,37 @@ class TrainUnit:
     run: StudentRun
     label: str
     events: Path
+    registered_name: str | None
+    """Of the student's model in the registry; None: its files are an artifact of its run."""
+    system_metrics_s: float
 
 
 class _Reporter:
-    """Carries what the training loop reports to MLflow and to the event log."""
+    """Carries what the training loop reports to MLflow and to the event log.
 
-    def __init__(self, unit: TrainUnit, tracker: Tracker, run_id: str) -> None:
-        self._unit, self._tracker, self._run_id = unit, tracker, run_id
+    A step that is trained again, after a death between two checkpoints, is not told again.
+    """
+
+    def __init__(self, unit: TrainUnit, run: RunLog) -> None:
+        self._unit, self._run = unit, run
 
     def on_start(self, params: Mapping[str, Any]) -> None:
-        self._tracker.params(self._run_id, params)
-        append_event(self._unit.events, "train_started", unit=self._unit.label, run=self._run_id)
+        self._run.params(params)
+        append_event(self._unit.events, "train_started", unit=self._unit.label, run=self._run.run_id)
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._tracker.metrics(self._run_id, metrics, step)
+        self._run.metrics(metrics, step, once=f"step/{step}")
         append_event(self._unit.events, "train_step", unit=self._unit.label, step=step)
 
     def on_validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._tracker.metrics(self._run_id, {f"validation/{key}": value for key, value in metrics.items()}, step)
+        values = {f"validation/{key}": value for key, value in metrics.items()}
+        self._run.metrics(values, step, once=f"validation/{step}")
 
-    def on_pictures(self, step: int, path: Path) -> None:  # noqa: ARG002 - the file's name says the step
-        self._tracker.artifact(self._run_id, path, "pictures")
+    def on_pictures(self, step: int, path: Path) -> None:
+        self._run.artifact(path, "pictures", once=f"pictures/{step}")
 
     def on_end(self, result: TrainResult) -> None:
-        self._tracker.artifact(self._run_id, result.student, "student")
+        self._keep(result)
         append_event(
             self._unit.events,
             "train_done",
@@ -175,20 +182,30 @@ class _Reporter:
             teacher_imported="models.teacher" in sys.modules,
         )
 
+    def _keep(self, result: TrainResult) -> None:
+        """The student's files, as a model or as they are."""
+        from pipeline.registering import ModelRequest
+
+        name = self._unit.registered_name
+        if name is None:
+            self._run.artifact(result.student, "student", once="student")
+        else:
+            self._run.model(result.student, ModelRequest("student", name, self._unit.run.tags, result.best_step))
+
 
 def train_unit(unit: TrainUnit) -> TrainResult:
     """Train one student, or go on with it (runs in a worker of its own)."""
-    from pipeline.tracking import Tracker
+    from pipeline.system_metrics import measuring
     from trainer.loop import train
 
-    tracker = Tracker(unit.run.target)
-    run_id = unit.run.open(tracker)
+    run = unit.run.open()
+    status = "FAILED"
     try:
-        result = train(unit.job, _Reporter(unit, tracker, run_id))
-    except BaseException:
-        tracker.end(run_id, "FAILED")
-        raise
-    tracker.end(run_id)
+        with measuring(run, unit.system_metrics_s):
+            result = train(unit.job, _Reporter(unit, run))
+        status = "FINISHED"
+    finally:
+        run.close(status)
     return result
 
 
@@ -201,20 +218,22 @@ def run_train(experiment: Experiment, plan: StagePlan) -> StageResult:
 
 
 def _train(experiment: Experiment, states: list[StudentState]) -> None:
-    from pipeline.tracking import Tracker, pipeline_run, tracking_target
+    from pipeline.delivery import deliver_leftovers, warn_of_refused
+    from pipeline.run_log import pipeline_run
+    from pipeline.tracking import tracking_target
 
     cache = cache_state(experiment, "train")
-    tracker = Tracker(tracking_target(experiment.config.tracking, experiment.workdir))
+    target = tracking_target(experiment.config.tracking, experiment.workdir)
     tail = EventTail(experiment.workdir.events)
     config = experiment.config
     with (
         ray_session(config.cluster),
-        pipeline_run(tracker, config.name, {"handstill.stage": "train"}) as parent,
+        pipeline_run(experiment.workdir, target, config.name, {"handstill.stage": "train"}) as parent,
         StageProgress("train", sum(state.recipe.steps for state in states), "steps") as progress,
     ):
         units = [_unit(experiment, state, cache, parent) for state in states]
         steps: dict[str, int] = {}
-        for _ in run_units(
+        for unit, _ in run_units(
             train_unit,
             units,
             cluster=config.cluster,
@@ -224,6 +243,8 @@ def _train(experiment: Experiment, states: list[StudentState]) -> None:
             fresh_process=True,
         ):
             _follow(tail, steps, progress)
+            warn_of_refused(unit.run.folder)
+    deliver_leftovers(experiment.workdir, target)
 
 
 def _follow(tail: EventTail, steps: dict[str, int], progress: StageProgress) -> None:
@@ -237,7 +258,9 @@ def _follow(tail: EventTail, steps: dict[str, int], progress: StageProgress) -> 
 
 
 def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent: str) -> TrainUnit:
-    from pipeline.tracking import CacheInput, StudentRun, tracking_target
+    from pipeline.registering import registered_name
+    from pipeline.run_log import StudentRun
+    from pipeline.tracking import CacheInput, tracking_target
     from trainer.job import TrainJob
 
     assert state.digest is not None
@@ -270,7 +293,15 @@ def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent
         inputs=inputs,
         folder=folder,
     )
-    return TrainUnit(job, run, state.label, experiment.workdir.events)
+    tracking = experiment.config.tracking
+    return TrainUnit(
+        job=job,
+        run=run,
+        label=state.label,
+        events=experiment.workdir.events,
+        registered_name=registered_name(tracking.experiment, state.name) if tracking.register_models else None,
+        system_metrics_s=tracking.system_metrics_s,
+    )
 
 
 def _path(experiment: Experiment, name: str | None) -> Path | None:

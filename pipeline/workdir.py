@@ -100,6 +100,11 @@ class Workdir:
     def tracking_artifacts(self) -> Path:
         return self.root / "mlflow-artifacts"
 
+    @property
+    def tracking_runs(self) -> Path:
+        """Spools of the pipeline's own runs, one folder each, until they are delivered."""
+        return self.root / "tracking"
+
 
 def open_workdir(path: str, base: Path) -> Workdir:
     """The workdir that a configuration names; nothing is made yet.
