@@ -44,7 +44,7 @@ class ModelRequest:
 
 def registered_name(experiment: str, student: str) -> str:
     """`<experiment>-<student>`, without what a registry does not allow in a name."""
-    return re.sub(r"[/:]+", "-", f"{experiment}-{student}").strip("-")
+    return re.sub(r"[^A-Za-z0-9._ -]+", "-", f"{experiment}-{student}").strip("-")
 
 
 def register_student(

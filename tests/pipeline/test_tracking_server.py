@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import socket
 import subprocess
 import sys
 import time
@@ -230,6 +231,26 @@ def test_a_server_that_is_away_all_the_time(
         assert_whole(server.uri, run, Spool(unit.run.folder))
         assert run.data.tags["mlflow.parentRunId"] == above.info.run_id
         assert len(MlflowClient(server.uri).search_model_versions(f"name = '{unit.registered_name}'")) == 1
+
+
+def test_a_server_that_swallows_everything_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes connections and never answers."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # 10 s without it
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = TrackingTarget(f"http://127.0.0.1:{silent.getsockname()[1]}", "tests", patience_s=0.3)
+        began = time.monotonic()
+        with pipeline_run(Workdir(tmp_path), target, "pipeline", {}) as parent:
+            assert "does not answer" in caplog.text
+            run = StudentRun(target, parent, "student", {}, (), tmp_path / "student").open()
+            appending = time.monotonic()
+            for step in range(100):
+                run.metrics({"loss": 1.0}, step)
+            assert time.monotonic() - appending < 1.0
+            assert run.close("FINISHED") == 103, "start, inputs, 100 steps, the end"
+        assert time.monotonic() - began < 20
+        assert len(list(Workdir(tmp_path).tracking_runs.iterdir())) == 1
 
 
 def test_a_store_that_cannot_be_used_stops_the_stage_at_its_start(tmp_path: Path) -> None:
