@@ -253,23 +253,39 @@ def test_nothing_can_be_changed_after_loading() -> None:
         config.train.steps = 1
 
 
-def test_a_misspelt_backbone_is_told_with_close_names(finished: Path, tmp_path: Path) -> None:
+def missing(finished: Path, tmp_path: Path, changes: Mapping[str, Any]) -> str:
+    """What `check` says of the finished experiment's configuration with these changes, its files in their place."""
     config = tmp_path / "pipeline.yaml"
     config.write_text((finished / "pipeline.yaml").read_text())
-    configure(
-        config,
+    there = {
+        "teacher.checkpoint": str(finished / "teacher/checkpoints/hamer.ckpt"),
+        "datasets.alpha.path": str(finished / "tars/alpha-000000.tar"),
+        "datasets.beta.path": str(finished / "tars/beta-000000.tar"),
+        "datasets.val.path": str(finished / "tars/val-000000.tar"),
+    }
+    configure(config, there | dict(changes))
+    with pytest.raises(InputError) as caught:
+        check_inputs(open_experiment(config))
+    return str(caught.value)
+
+
+def test_a_student_of_the_teachers_own_network_wants_a_grid_that_serves_it(finished: Path, tmp_path: Path) -> None:
+    hamer = {"backbone": "hamer", "vit": {"embed_dim": 48, "depth": 1, "num_heads": 3}, "distill": {"features": 1.0}}
+    (line,) = missing(finished, tmp_path, {"students": {"own": hamer}}).splitlines()[1:]
+    assert "students.own.backbone" in line
+    assert "map of 16x12 tokens; set cache.features.grid to full" in line
+
+
+def test_a_misspelt_backbone_is_told_with_close_names(finished: Path, tmp_path: Path) -> None:
+    said = missing(
+        finished,
+        tmp_path,
         {
-            "teacher.checkpoint": str(finished / "teacher/checkpoints/hamer.ckpt"),
-            "datasets.alpha.path": str(finished / "tars/alpha-000000.tar"),
-            "datasets.beta.path": str(finished / "tars/beta-000000.tar"),
             "datasets.val.path": str(finished / "tars/val-{000000..000001}.tar"),
             "students.plain.backbone": "mobilnetv3_small_050",
             "students.hybrid.weights": "nowhere.safetensors",
         },
     )
-    with pytest.raises(InputError) as caught:
-        check_inputs(open_experiment(config))
-    said = str(caught.value)
     assert re.search(r"students\.plain\.backbone: .*mobilnetv3_small_050.*mobilenetv3_small_050", said)
     assert re.search(r"students\.hybrid\.weights: no file .*nowhere\.safetensors", said)
     assert re.search(r"datasets\.val: .*val-000001\.tar", said)
