@@ -270,6 +270,8 @@ class LatencyConfig(Section):
     iterations: int = Field(default=100, ge=1)
     max_seconds: float = Field(default=60.0, gt=0)
     """A batch size that takes longer is measured with fewer iterations, though never with fewer than ten."""
+    fused: bool = False
+    """Measure students with the branches of RepViT, FastViT and their like joined (`models.student.Student.fused`)."""
 
 
 class EvaluateConfig(Section):

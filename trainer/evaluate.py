@@ -179,6 +179,8 @@ def _with_size_and_speed(
     )
     if latency is None:
         return result
+    if latency.fused and isinstance(network, Student):
+        network = network.fused()
     by_size = measure(network, latency, device, channels_last=channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     smallest = network_alone(network, min(latency.batch_sizes), device, memory_format)

@@ -204,12 +204,11 @@ def test_a_prediction_that_is_no_number_names_its_sample(tmp_path: Path) -> None
         score(reader, 0, predict, None, 3, None, STAND_IN)
 
 
-def student_job(folder: Path) -> EvaluateJob:
+def student_job(folder: Path, backbone: str = "test_efficientnet", latency: LatencyConfig = LATENCY) -> EvaluateJob:
     torch.manual_seed(0)
-    spec = StudentSpec(backbone="test_efficientnet", head="light")
-    Student(spec, load_hand_model("open-hand")).save(folder / "student")
+    Student(StudentSpec(backbone=backbone, head="light"), load_hand_model("open-hand")).save(folder / "student")
     sets = (evaluation_set(folder, "freihand"),)
-    return EvaluateJob("s", 0, folder / "student", sets, folder / "out", "id", 4, LATENCY, "cpu")
+    return EvaluateJob("s", 0, folder / "student", sets, folder / "out", "id", 4, latency, "cpu")
 
 
 def test_a_student_is_evaluated_once(tmp_path: Path) -> None:
@@ -231,6 +230,19 @@ def test_a_student_is_evaluated_once(tmp_path: Path) -> None:
     (job.out_dir / "evaluation.json").write_text("{}")
     with pytest.raises(DamageError, match=r"evaluation\.json is damaged"):
         evaluate_student(job)
+
+
+def test_the_speed_of_a_fused_student_is_measured_when_asked_for(tmp_path: Path) -> None:
+    one = {"batch_sizes": [1], "warmup": 0, "iterations": 1}
+    plain, fused = (
+        evaluate_student(student_job(tmp_path / str(fused), "repvit_m0_9", LatencyConfig(**one, fused=fused)))
+        for fused in (False, True)
+    )
+    assert plain.metrics["val"] == pytest.approx(fused.metrics["val"])
+    assert (plain.params_m, fused.latency.keys()) == (fused.params_m, {"1"})
+    assert plain.gflop is not None
+    assert fused.gflop is not None
+    assert fused.gflop < plain.gflop
 
 
 def test_the_teacher_is_scored_from_its_wider_view_and_the_mean_pose_beside_it(tmp_path: Path) -> None:
