@@ -178,6 +178,8 @@ def _quantised(folder: Path, int8: Int8, student: Student) -> dict[str, float]:
     """Put the int8 network in the float one's place; what that costs."""
     from trainer.quantise import loss_mm, quantise
 
+    if (folder / f"{NETWORK}.data").exists():
+        raise InputError("--int8: networks whose weights are above 1.5 GB are not quantised. Export it as float.")
     quantise(folder / NETWORK, folder / NETWORK_INT8, int8)
     for path in folder.glob(f"{NETWORK}*"):
         path.unlink()

@@ -1,7 +1,7 @@
 """int8 networks: static quantisation of the backbone by ONNX Runtime, calibrated on cached pictures, and what it costs.
 
-Weights are int8 with a scale a channel, activations uint8 with a scale a tensor. The head stays float: it is a few
-products on one token, and its last layers turn bytes into degrees.
+Weights are int8 with a scale a channel, activations uint8 with a scale a tensor. The head stays float: its last
+layers turn bytes into degrees.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models import onnx_graph
 from models.hand_box import HandBox
 from models.handstill_numpy import Box, Hands
 from models.mano_head import ManoHead
@@ -99,6 +100,20 @@ def test_the_hand_model_may_be_inside(student: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["inside"]
     assert Student.load(result.folder).spec == Student.load(student).spec, "it is a student's folder as well"
     assert compare(result.folder, Student.load(student), procedural_pictures(4)).small
+
+
+def test_weights_too_large_for_one_file_stand_in_a_second(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_graph, "EXTERNAL_FROM_BYTES", 0)
+    result = export_student(ExportJob(student, tmp_path / "large", {}))
+    sizes = [(result.folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data")]
+    assert sum(sizes) == result.bytes
+    assert sizes[1] > 4 * 10_000
+    assert result.difference.small
+    seen = (EvaluationSet("tiny", tmp_path, ""),)
+    with pytest.raises(InputError, match=r"above 1\.5 GB"):
+        export_student(ExportJob(student, tmp_path / "small", {}, int8=Int8(seen, seen)))
 
 
 def test_left_and_right_are_mirror_pictures(exported: export.ExportResult) -> None:
