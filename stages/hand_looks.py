@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from models.hand_model import FINGERTIP_VERTICES, HandModel
 from stages.hand_poses import BASE_JOINTS, FINGERS, rest_axes
-from stages.rendering import Mesh
+from stages.rendering import Mesh, Texture
 from stages.skinning import Floats, rotation_matrices
 
 _SKIN_TONES = np.array(
@@ -41,8 +41,12 @@ class Skin:
     redness: float
     """0 to 1, of knuckles and fingertips"""
     gloss: float
+    roughness: float
+    """deviation of the grain: freckles, pores, hair"""
     seed: int
     """of the blotches"""
+    glove: Floats | None = None
+    """(3,) linear colour of a glove that hides the skin"""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class HandLooks:
             self.red = np.maximum(self.red, redness)
             self.nail = np.maximum(self.nail, _nail(rest, normals, joints[base + 2], rest[tip], backs[base + 1]))
         self._rest = rest
+        self._lines, self._depth = _creases(rest, joints, self.palm)
 
     def normals(self, vertices: Floats) -> Floats:
         """Unit normals (V, 3), outwards, averaged over the faces around each vertex by their areas."""
@@ -96,9 +101,16 @@ class HandLooks:
 
     def hand_mesh(self, vertices: Floats, skin: Skin) -> Mesh:
         """The hand itself, in whatever frame its vertices are."""
-        albedo = self.skin_albedo(skin)
+        place = self._rest + _grain_offset(skin)
+        if skin.glove is not None:
+            albedo, cloth = np.tile(skin.glove, (len(vertices), 1)), np.zeros(len(vertices))
+            texture = Texture(place, cloth + 0.14, self._lines, 0.3 * self._depth)
+            return Mesh(vertices, self.normals(vertices), self.faces, albedo, cloth + 0.03, cloth, texture)
+        rough = skin.roughness * (1 + 0.8 * self.red - 0.8 * self.nail)
+        texture = Texture(place, rough, self._lines, self._depth * (0.6 + 6 * skin.roughness))
         gloss = skin.gloss * (1 + 2.5 * self.nail - 0.5 * self.palm)
-        return Mesh(vertices, self.normals(vertices), self.faces, albedo, gloss, 1 - 0.7 * self.nail)
+        albedo = self.skin_albedo(skin)
+        return Mesh(vertices, self.normals(vertices), self.faces, albedo, gloss, 1 - 0.7 * self.nail, texture)
 
     def skin_albedo(self, skin: Skin) -> Floats:
         """(V, 3): paler palms, pale nails, red knuckles and fingertips, blotches."""
@@ -122,19 +134,21 @@ class HandLooks:
         bare = min(int(np.searchsorted(along, arm.cuff_m)) + 2, len(rings))
         fading = np.exp(-along[:bare, None, None] / 0.15)  # the arm's inner side is pale like the palm, less and less
         albedo = fading * self.skin_albedo(skin)[self.rim] + (1 - fading) * _skin_tone(skin.tone)
-        meshes = [_tube(rings[:bare], albedo.reshape(-1, 3), skin.gloss * 0.6, softness=1.0)]
+        meshes = [
+            _tube(rings[:bare], albedo.reshape(-1, 3), skin.gloss * 0.6, 1.0, skin.roughness, _grain_offset(skin))
+        ]
         sleeve = rings[bare - 2 :]
         if arm.cuff_m < 0.6 * _ARM_LENGTH_M:
             middle = sleeve.mean(axis=1, keepdims=True)
             folds = 1 + 0.04 * np.sin(np.arange(len(sleeve)) * 2.1 + skin.seed)[:, None, None]
             wide = middle + (sleeve - middle) * arm.sleeve_width * folds
             colours = np.tile(arm.sleeve, (wide.shape[0] * wide.shape[1], 1))
-            meshes.append(_tube(wide, colours, 0.02, softness=0.0))
+            meshes.append(_tube(wide, colours, 0.02, 0.0, 0.12, _grain_offset(skin)))
         return meshes
 
 
 _ARM_LENGTH_M = 0.42
-_ARM_RINGS = 29
+_ARM_RINGS = 17
 
 
 def _skin_tone(tone: float) -> Floats:
@@ -172,11 +186,42 @@ def _nail(rest: Floats, normals: Floats, joint: Floats, tip: Floats, back: Float
     return np.asarray(on, dtype=np.float64)
 
 
+def _grain_offset(skin: Skin) -> Floats:
+    """(3,) metres: where in the grain this person's skin lies."""
+    return np.array([skin.seed % 83, skin.seed // 83 % 83, skin.seed // 6889 % 83]) / 1000 + 1.0
+
+
+_PALM_LINES = ((0.035, 0.016, -0.5), (0.030, -0.004, -0.35), (0.062, 0.022, 0.9))
+"""Heart, head and life line in the palm: [x where the line crosses z = 0, metres; z where it bends; slope dx/dz]."""
+
+
+def _creases(rest: Floats, joints: Floats, palm: Floats) -> tuple[Floats, Floats]:
+    """(V, 4) signed distances in metres from the fingers' flexion creases and from three lines of the palm, and how
+    dark each is (V, 4)."""
+    lines, depth = np.ones((len(rest), 4)), np.zeros((len(rest), 4))
+    nearest = np.full(len(rest), np.inf)
+    for base in BASE_JOINTS.values():
+        for joint in range(base, base + 3):
+            bone = joints[joint] - joints[joint - 1] if joint > base else joints[joint + 1] - joints[joint]
+            distance = np.linalg.norm(rest - joints[joint], axis=1)
+            mine = distance < nearest
+            nearest[mine] = distance[mine]
+            lines[mine, 0] = ((rest - joints[joint]) @ (bone / np.linalg.norm(bone)))[mine]
+    depth[:, 0] = 0.45 * np.exp(-((nearest / 0.014) ** 2))
+    inner = palm * (np.abs(rest[:, 2]) < 0.042)
+    wrist, knuckle = joints[0, 0], joints[4, 0]
+    for number, (start, bend, slope) in enumerate(_PALM_LINES, start=1):
+        curve = knuckle + start + slope * (rest[:, 2] - bend) + 6.0 * (rest[:, 2] - bend) ** 2
+        lines[:, number] = rest[:, 0] - curve
+        depth[:, number] = 0.35 * inner * ((rest[:, 0] < wrist - 0.01) & (rest[:, 0] > knuckle + 0.008))
+    return lines, depth
+
+
 def _arm_rings(rim: Floats, arm: Arm) -> Floats:
     """(rings, rim, 3): the wrist's rim moved up the arm, which bends at the wrist and widens."""
     steps = np.arange(_ARM_RINGS)
     distance = steps * _ARM_LENGTH_M / (_ARM_RINGS - 1)
-    bent = np.minimum(1.0, steps / 4)[:, None]  # the bend is over within four rings, six centimetres
+    bent = np.minimum(1.0, steps / 3)[:, None]  # the bend is over within three rings, eight centimetres
     # Fingers along -x and palm towards -y: the arm turns against the hand about y and z.
     turns = rotation_matrices(bent * [0.0, arm.deviation_rad, 0.0])
     turns = turns @ rotation_matrices(bent * [0.0, 0.0, -arm.flexion_rad])
@@ -188,7 +233,7 @@ def _arm_rings(rim: Floats, arm: Arm) -> Floats:
     return np.asarray(middles[:, None] + np.einsum("rab,rkb->rka", turns, sections))
 
 
-def _tube(rings: Floats, albedo: Floats, gloss: float, softness: float) -> Mesh:
+def _tube(rings: Floats, albedo: Floats, gloss: float, softness: float, grain: float, offset: Floats) -> Mesh:
     """A surface through rings (r, k, 3) of points in order."""
     count, around = rings.shape[:2]
     number = np.arange(count * around).reshape(count, around)
@@ -205,7 +250,6 @@ def _tube(rings: Floats, albedo: Floats, gloss: float, softness: float) -> Mesh:
     centre = rings.mean(axis=1, keepdims=True)
     if np.sum(normals.reshape(rings.shape) * (rings - centre)) < 0:
         normals = -normals
-    size = count * around
-    return Mesh(
-        rings.reshape(-1, 3), normals, faces.astype(np.int32), albedo, np.full(size, gloss), np.full(size, softness)
-    )
+    points, size = rings.reshape(-1, 3), count * around
+    texture = Texture.plain(points + offset, grain)
+    return Mesh(points, normals, faces.astype(np.int32), albedo, np.full(size, gloss), np.full(size, softness), texture)

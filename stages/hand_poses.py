@@ -36,7 +36,7 @@ LIMITS = np.array([*_FINGER_LIMITS * 4, *_THUMB_LIMITS])
 """(21, 2) degrees: the active range of motion of healthy adults, roughly. Spread counts from the rest pose, in which
 the open hand's fingers already stand apart, so closing them takes up to -22."""
 
-_CURLED = (82.0, 100.0, 62.0, 0.0)
+_CURLED = (76.0, 97.0, 52.0, 0.0)
 _STRAIGHT = (0.0, 3.0, 2.0, 3.0)
 _SPREAD = (-6.0, 2.0, 0.0, 14.0)
 _RELAXED = (22.0, 28.0, 14.0, 3.0)
@@ -63,6 +63,11 @@ _GESTURES: dict[str, tuple[float, ...]] = {
     "tight grasp": (58, 70, 34, 2, 62, 74, 36, 0, 66, 76, 38, 0, 68, 72, 38, 2, 20, 26, 18, 24, 34),
     "hook": (4, 92, 52, 0, 4, 94, 54, 0, 4, 94, 54, 0, 6, 90, 50, 0, 4, 0, 4, 20, 30),
     "claw": (-8, 62, 38, 10, -8, 64, 38, 0, -8, 64, 38, 8, -6, 60, 36, 14, -8, 10, 4, 14, 44),
+    "key": (44, 62, 30, 0, 56, 72, 36, 0, 62, 76, 38, 0, 64, 72, 38, 2, 14, 6, 10, 14, 26),
+    "pen": (46, 38, 14, 0, 52, 46, 18, 0, 58, 66, 32, 0, 62, 68, 34, 0, 16, 20, 18, 20, 24),
+    "phone": (26, 44, 24, 4, 30, 52, 28, 0, 34, 54, 30, 2, 36, 50, 28, 6, 6, 18, 10, 4, 8),
+    "count two": (*_STRAIGHT, *_CURLED * 3, *_THUMB_OUT),
+    "beckon": (62, 12, 6, 0, 48, 10, 5, 0, 36, 8, 4, 0, 24, 8, 4, 4, 0, 8, 4, 6, 10),
     "table top": (74, 6, 4, 0, 76, 6, 4, 0, 78, 6, 4, 0, 78, 8, 4, 0, 10, 10, 8, 8, 8),
 }
 GESTURES = {name: np.array(angles, dtype=np.float64) for name, angles in _GESTURES.items()}
@@ -141,10 +146,20 @@ def draw_pose(rng: np.random.Generator) -> Floats:
     """A random pose of 21 angles: between two gestures, loosened as a whole and finger by finger, within the limits."""
     names = sorted(GESTURES)
     first, second = (GESTURES[names[i]] for i in rng.integers(len(names), size=2))
-    mix = rng.beta(0.5, 0.5)  # mostly near one of the two
+    mix = np.repeat(
+        np.clip(rng.beta(0.5, 0.5) + _finger_lead(rng), 0, 1), (4, 4, 4, 4, 5)
+    )  # mostly near one of the two
     angles = mix * first + (1 - mix) * second
     angles = angles + rng.normal(0, 7) * _flexions() + _finger_noise(rng) + rng.normal(0, 3, 21)
     return within_limits(angles)
+
+
+def _finger_lead(rng: np.random.Generator) -> Floats:
+    """(5,) how far each finger is ahead of the hand from one gesture to the other: neighbours are tied by tendons, ring
+    and little finger most, index and thumb are freest."""
+    lead = rng.normal(0, [0.22, 0.12, 0.10, 0.12, 0.25])
+    lead[2:4] = 0.5 * lead[2:4] + 0.5 * lead[2:4].mean()
+    return np.asarray(lead)
 
 
 def _flexions() -> Floats:

@@ -7,30 +7,34 @@ gives exactly the right hand that was posed.
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from models.hand_model import HandModel
 from stages.backgrounds import draw_background
+from stages.hand_contact import Capsules, draw_plausible_pose
 from stages.hand_looks import Arm, HandLooks, Skin
-from stages.hand_poses import draw_pose, pose_rotations, rest_axes
+from stages.hand_poses import pose_rotations, rest_axes
+from stages.photographs import jpeg_bytes, photograph
+from stages.props import held_thing, room_beside, thing_before
 from stages.rendering import Camera, Floats, Floats32, Lighting, Mesh, joined, render
 from stages.skinning import pose_hand
 
-PICTURE_PX = 224
-"""Width and height, as FreiHAND's."""
+PICTURE_PX = 256
+"""Width and height."""
 _BOX_CONTEXT = 2.0
 """HaMeR's boxes are about twice the tight box of the keypoints."""
-_HAND_PX = (62.0, 118.0)
-"""Longer side of the keypoints' tight box."""
+_HAND_PX = (66.0, 138.0)
+"""Longer side of the keypoints' tight box, mostly: the box then is about the picture."""
+_SMALL_HAND_PX = (28.0, 66.0)
+"""The same of one hand in eight: a hand far away, enlarged by the crop."""
 _FACING_VIEWER = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 """Turns the rest pose so that the fingers point up and the palm faces the camera."""
+_MIRROR = np.array([-1.0, 1.0, 1.0])
+_SECOND_HAND, _HELD, _BEFORE, _GLOVE, _WALL = 0.2, 0.25, 0.14, 0.04, 0.4
+"""Shares of the pictures with a second hand, a thing in the hand, a thing before it, a glove, a wall near behind."""
 
 
 @dataclass(frozen=True)
@@ -63,44 +67,121 @@ class Studio:
         self.hand = hand
         self.looks = HandLooks(hand)
         self.axes = rest_axes(hand)
+        self.capsules = Capsules(hand)
 
     def take(self, rng: np.random.Generator) -> HandPicture:
         """The picture that the generator decides on."""
-        rotations = np.concatenate([np.eye(3)[None], pose_rotations(draw_pose(rng), self.axes)])
+        rotations = self._draw_rotations(rng)
         betas = np.clip(rng.normal(0, 1, 10), -2.5, 2.5)
         own_vertices, own_joints = pose_hand(self.hand, rotations, betas)
         turn = _draw_view(rng)
         camera, shift = _place(rng, (own_joints - own_joints[0]) @ turn.T)
         placed_at = shift - turn @ own_joints[0]
-
-        mesh = self._mesh(rng, own_vertices, turn, placed_at)
-        picture = _photograph(rng, mesh, camera)
         joints, vertices = own_joints @ turn.T + placed_at, own_vertices @ turn.T + placed_at
+
+        skin = _draw_skin(rng)
+        meshes = [_moved(mesh, turn, placed_at) for mesh in self._own_meshes(rng, skin, own_vertices, own_joints)]
+        meshes += self._other_things(rng, skin, betas, vertices, joints)
+        picture = _taken(rng, joined(meshes), camera, float(vertices[:, 2].max()))
+
         pose = Rotation.from_matrix(np.concatenate([turn[None], rotations[1:]])).as_rotvec()
         points = camera.project(joints)
         right = bool(rng.random() < 0.5)
         if not right:
             picture = picture[:, ::-1]
             points = points * [-1, 1] + [camera.width_px - 1, 0]
-            joints, vertices, pose = joints * [-1, 1, 1], vertices * [-1, 1, 1], pose * [1, -1, -1]
+            joints, vertices, pose = joints * _MIRROR, vertices * _MIRROR, pose * [1, -1, -1]
         center, box_px = _draw_box(rng, points)
         return HandPicture(
-            _jpeg(rng, picture), right, points, joints, vertices, pose.reshape(48), betas, center, box_px
+            jpeg_bytes(rng, picture), right, points, joints, vertices, pose.reshape(48), betas, center, box_px
         )
 
-    def _mesh(self, rng: np.random.Generator, vertices: Floats, turn: Floats, shift: Floats) -> Mesh:
-        skin = Skin(
-            float(rng.beta(1.2, 1.4)), float(rng.uniform(0, 1)), float(rng.gamma(2, 0.025)), int(rng.integers(2**31))
-        )
-        arm = Arm(
-            flexion_rad=float(np.clip(rng.normal(0, 0.4), -1.0, 1.0)),
-            deviation_rad=float(np.clip(rng.normal(0, 0.2), -0.4, 0.5)),
-            cuff_m=float(rng.uniform(0.015, 0.45)),
-            sleeve=rng.beta(1, 1.6, 3) * 0.7 + 0.02,
-            sleeve_width=float(rng.uniform(1.12, 1.5)),
-        )
-        own = joined([self.looks.hand_mesh(vertices, skin), *self.looks.arm_meshes(vertices, skin, arm)])
-        return Mesh(own.vertices @ turn.T + shift, own.normals @ turn.T, own.faces, own.albedo, own.gloss, own.softness)
+    def _draw_rotations(self, rng: np.random.Generator) -> Floats:
+        """(16, 3, 3) of a plausible pose, the hand as a whole unturned."""
+        angles, _ = draw_plausible_pose(rng, self.axes, self.capsules)
+        return np.concatenate([np.eye(3)[None], pose_rotations(angles, self.axes)])
+
+    def _own_meshes(self, rng: np.random.Generator, skin: Skin, vertices: Floats, joints: Floats) -> list[Mesh]:
+        """The hand with its arm and what it holds, in its own frame."""
+        meshes = [self.looks.hand_mesh(vertices, skin), *self.looks.arm_meshes(vertices, skin, _draw_arm(rng))]
+        if rng.random() < _HELD:
+            thing = held_thing(rng, vertices, joints, palm_normal=np.array([0.0, -1.0, 0.0]))
+            meshes += [thing] if thing is not None else []
+        return meshes
+
+    def _other_things(
+        self, rng: np.random.Generator, skin: Skin, betas: Floats, vertices: Floats, joints: Floats
+    ) -> list[Mesh]:
+        """What is about a hand that stands before the camera: the person's other hand, a thing in the way."""
+        meshes: list[Mesh] = []
+        if rng.random() < _SECOND_HAND:
+            meshes += self._second_hand(rng, skin, betas, vertices)
+        if rng.random() < _BEFORE:
+            meshes.append(thing_before(rng, joints, float(vertices[:, 2].min())))
+        return meshes
+
+    def _second_hand(self, rng: np.random.Generator, skin: Skin, betas: Floats, first: Floats) -> list[Mesh]:
+        """The same person's other hand, from touching the first one to a little way off; not labelled. A plane between
+        them keeps them apart, and its arm leaves away from the first hand."""
+        vertices, _ = pose_hand(self.hand, self._draw_rotations(rng), betas)
+        parts = [self.looks.hand_mesh(vertices, skin), *self.looks.arm_meshes(vertices, skin, _draw_arm(rng))]
+        towards = rng.normal(0, [1, 1, 0.7])
+        towards /= np.linalg.norm(towards)
+        turn = _draw_view(rng)
+        if -turn[:, 0] @ towards < 0:  # the arm leaves along +x, of a mirrored hand along -x
+            turn = Rotation.from_rotvec(np.pi * _across(towards)).as_matrix() @ turn
+        placed = [_moved(_mirrored(part), turn, np.zeros(3)) for part in parts]
+        gap = room_beside(first, placed[0].vertices, towards) + rng.gamma(1.0, 0.01)
+        aside = first.mean(axis=0) - placed[0].vertices.mean(axis=0)
+        aside -= (aside @ towards) * towards
+        return [_moved(part, np.eye(3), aside + gap * towards) for part in placed]
+
+
+def _across(towards: Floats) -> Floats:
+    """A unit vector at right angles to the unit vector `towards`."""
+    helper = np.array([0.0, 0.0, 1.0]) if abs(towards[2]) < 0.8 else np.array([1.0, 0.0, 0.0])
+    across = np.cross(towards, helper)
+    return np.asarray(across / np.linalg.norm(across))
+
+
+def _moved(mesh: Mesh, turn: Floats, shift: Floats) -> Mesh:
+    return replace(mesh, vertices=mesh.vertices @ turn.T + shift, normals=mesh.normals @ turn.T)
+
+
+def _mirrored(mesh: Mesh) -> Mesh:
+    return replace(mesh, vertices=mesh.vertices * _MIRROR, normals=mesh.normals * _MIRROR)
+
+
+def _draw_skin(rng: np.random.Generator) -> Skin:
+    glove = np.clip(rng.beta(0.7, 1.5) * 0.8 + rng.normal(0, 0.1, 3), 0.01, 0.9) if rng.random() < _GLOVE else None
+    return Skin(
+        tone=float(rng.beta(0.9, 1.3)),
+        redness=float(rng.uniform(0, 1)),
+        gloss=float(rng.gamma(2, 0.025)),
+        roughness=float(rng.gamma(3, 0.014)),
+        seed=int(rng.integers(2**31)),
+        glove=glove,
+    )
+
+
+def _draw_arm(rng: np.random.Generator) -> Arm:
+    return Arm(
+        flexion_rad=float(np.clip(rng.normal(0, 0.4), -1.0, 1.0)),
+        deviation_rad=float(np.clip(rng.normal(0, 0.2), -0.4, 0.5)),
+        cuff_m=float(rng.uniform(0.015, 0.45)),
+        sleeve=np.clip(rng.beta(0.8, 1.6) * 0.7 + rng.normal(0, 0.08, 3), 0.01, 0.9),
+        sleeve_width=float(rng.uniform(1.12, 1.5)),
+    )
+
+
+def _taken(rng: np.random.Generator, mesh: Mesh, camera: Camera, farthest_m: float) -> Floats32:
+    """sRGB (h, w, 3): the scene lit, rendered and photographed; the hand reaches back to `farthest_m`."""
+    lighting = _draw_lighting(rng)
+    wall_m = farthest_m + float(rng.gamma(1.5, 0.03)) if rng.random() < _WALL else None
+    layers = render(mesh, camera, lighting, wall_m)
+    background = draw_background(rng, camera.width_px, camera.height_px)
+    light = float(np.mean(lighting.lamp) / np.mean(lighting.lamp + lighting.sky))
+    return photograph(rng, layers, background, shade=0.8 * light)
 
 
 def _draw_view(rng: np.random.Generator) -> Floats:
@@ -123,7 +204,8 @@ def _place(rng: np.random.Generator, joints: Floats) -> tuple[Camera, Floats]:
     field_of_view = rng.uniform(np.radians(22), np.radians(65))
     camera = Camera(PICTURE_PX / 2 / float(np.tan(field_of_view / 2)), PICTURE_PX, PICTURE_PX)
     extent = np.ptp(joints[:, :2], axis=0).max()
-    depth = max(camera.focal_px * extent / rng.uniform(*_HAND_PX), 0.18)
+    wanted = rng.uniform(*(_SMALL_HAND_PX if rng.random() < 0.125 else _HAND_PX))
+    depth = max(camera.focal_px * extent / wanted, 0.18)
     middle = (joints.max(axis=0) + joints.min(axis=0)) / 2
     wanted_px = camera.centre_px + rng.normal(0, 0.09, 2) * PICTURE_PX
     across = (wanted_px - camera.centre_px) / camera.focal_px * depth
@@ -137,49 +219,11 @@ def _draw_box(rng: np.random.Generator, points: Floats) -> tuple[Floats, Floats]
     return (low + high) / 2 + loose, (high - low) * _BOX_CONTEXT * rng.uniform(0.92, 1.12)
 
 
-def _photograph(rng: np.random.Generator, mesh: Mesh, camera: Camera) -> Floats32:
-    """sRGB (h, w, 3) in [0, 1]: the mesh before a background, through an imperfect camera."""
-    hand, coverage = render(mesh, camera, _draw_lighting(rng))
-    background = draw_background(rng, camera.width_px, camera.height_px)
-    focus = rng.choice([0.0, 0.6, 1.0, 1.8], p=[0.55, 0.25, 0.15, 0.05])
-    if focus > 0:
-        layers = cv2.GaussianBlur(np.dstack([hand, coverage]), (0, 0), float(focus)).astype(np.float32)
-        hand, coverage = layers[..., :3], layers[..., 3:]
-    picture = hand + (1 - coverage) * background
-    if rng.random() < 0.12:
-        picture = _shaken(rng, picture)
-    cast = 1 + rng.normal(0, 0.05, 3)
-    contrast, noise = rng.uniform(0.85, 1.15), rng.gamma(1.5, 0.008)
-    picture = ((picture - 0.45) * contrast + 0.45) * cast * rng.uniform(0.85, 1.12)
-    picture = picture.astype(np.float32) + np.float32(noise) * rng.standard_normal(picture.shape, dtype=np.float32)
-    if rng.random() < 0.06:
-        picture = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    return np.clip(picture, 0, 1).astype(np.float32)
-
-
 def _draw_lighting(rng: np.random.Generator) -> Lighting:
     """A lamp from above or before the hand, warm or cold, and what the room gives back."""
     towards = rng.normal([0, -0.9, -0.9], 1)
     warmth = rng.normal(0, 0.12)
-    lamp = np.array([1 + warmth, 1.0, 1 - 1.3 * warmth]) * rng.uniform(0.2, 1.0)
+    lamp = np.array([1 + warmth, 1.0, 1 - 1.3 * warmth]) * rng.uniform(0.15, 1.25)
     sky = np.clip(np.array([1 - warmth, 1.0, 1 + warmth]) * rng.uniform(0.15, 0.65), 0.05, 2)
     ground = sky * np.clip(rng.normal([0.55, 0.5, 0.45], 0.12), 0.1, 1)
     return Lighting(towards / np.linalg.norm(towards), lamp, sky, ground)
-
-
-def _shaken(rng: np.random.Generator, picture: Floats32) -> Floats32:
-    """Motion blur along a random line of 3 to 9 pixels."""
-    length = int(rng.integers(3, 10))
-    kernel = np.zeros((length, length), dtype=np.float32)
-    slope = rng.uniform(-1, 1)
-    columns = np.arange(length)
-    rows = np.rint((length - 1) / 2 + slope * (columns - (length - 1) / 2)).astype(int)
-    kernel[rows, columns] = 1 / length
-    return np.asarray(cv2.filter2D(picture, -1, kernel if rng.random() < 0.5 else kernel.T), dtype=np.float32)
-
-
-def _jpeg(rng: np.random.Generator, picture: NDArray[np.float32]) -> bytes:
-    stored = io.BytesIO()
-    pixels = np.rint(picture * 255).astype(np.uint8)
-    Image.fromarray(pixels).save(stored, format="JPEG", quality=int(rng.integers(72, 97)))
-    return stored.getvalue()

@@ -27,7 +27,7 @@ from storage.errors import InputError
 if TYPE_CHECKING:
     from stages.hand_scenes import HandPicture
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Raised when the same seed gives other pictures: everything synthesised before is then made anew."""
 
 

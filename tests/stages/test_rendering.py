@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from models.hand_model import FINGERTIP_VERTICES, load_hand_model
 from stages.backgrounds import draw_background
 from stages.hand_looks import Arm, HandLooks, Skin
-from stages.rendering import Camera, Lighting, Mesh, joined, render
+from stages.rendering import Camera, Lighting, Mesh, Texture, joined, render
 from stages.skinning import pose_hand
 
 CAMERA = Camera(focal_px=100.0, width_px=64, height_px=48)
@@ -21,11 +23,11 @@ def square(x: float, y: float, z: float, side: float, albedo: float = 0.5) -> Me
     corners = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]]) * side / 2 + [x, y, z]
     faces = np.array([[0, 1, 2], [0, 2, 3]], dtype=np.int32)
     normals = np.tile([0.0, 0.0, -1.0], (4, 1))
-    return Mesh(corners, normals, faces, np.full((4, 3), albedo), np.zeros(4), np.zeros(4))
+    return Mesh(corners, normals, faces, np.full((4, 3), albedo), np.zeros(4), np.zeros(4), Texture.plain(corners, 0.0))
 
 
 def test_a_square_covers_the_pixels_that_projection_says() -> None:
-    picture, coverage = render(square(0.1, -0.05, 1.0, 0.2), CAMERA, FLAT)
+    picture, coverage, _ = render(square(0.1, -0.05, 1.0, 0.2), CAMERA, FLAT)
     rows, columns = np.indices(coverage.shape[:2])
     weight = coverage[..., 0]
     centre = CAMERA.project(np.array([0.1, -0.05, 1.0]))
@@ -40,7 +42,7 @@ def test_edges_are_covered_in_part() -> None:
     turned = square(0, 0, 1.0, 0.2)
     angle = np.radians(20)
     turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
-    mesh = Mesh(turned.vertices @ turn.T, turned.normals, turned.faces, turned.albedo, turned.gloss, turned.softness)
+    mesh = replace(turned, vertices=turned.vertices @ turn.T)
     coverage = render(mesh, CAMERA, FLAT)[1]
     assert coverage.sum() == pytest.approx(400, rel=0.02)
     assert set(np.unique(coverage)) == {0.0, 0.25, 0.5, 0.75, 1.0}
@@ -66,7 +68,7 @@ def test_the_lamp_lights_what_faces_it_and_not_what_lies_in_shadow() -> None:
 
 
 def test_nothing_in_view_gives_an_empty_picture() -> None:
-    picture, coverage = render(square(5, 0, 1.0, 0.2), CAMERA, FLAT)
+    picture, coverage, _ = render(square(5, 0, 1.0, 0.2), CAMERA, FLAT)
     assert not picture.any()
     assert not coverage.any()
 
@@ -102,7 +104,7 @@ def test_the_arm_starts_at_the_wrist_and_leaves_away_from_the_fingers(cuff_m: fl
     looks = HandLooks(hand)
     vertices, joints = pose_hand(hand, np.tile(np.eye(3), (16, 1, 1)), np.zeros(10))
     arm = Arm(flexion_rad=0.5, deviation_rad=-0.2, cuff_m=cuff_m, sleeve=np.full(3, 0.5), sleeve_width=1.2)
-    meshes = looks.arm_meshes(vertices, Skin(0.5, 0.5, 0.05, 1), arm)
+    meshes = looks.arm_meshes(vertices, Skin(0.5, 0.5, 0.05, 0.03, 1), arm)
     assert len(meshes) == (1 if cuff_m > 0.5 else 2)
     np.testing.assert_allclose(meshes[0].vertices[: len(looks.rim)], vertices[looks.rim], atol=1e-12)
     assert meshes[-1].vertices[:, 0].max() > joints[0, 0] + 0.25
