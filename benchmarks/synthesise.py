@@ -1,4 +1,4 @@
-"""How fast pictures of hands are made on one core, and what rays on edges alone save against four rays in every pixel.
+"""How fast pictures of hands are made on one core, what rays on edges alone save, how deep fingers go into each other.
 
     python benchmarks/synthesise.py [--quick] [--json FILE] [--sheet docs/pictures/synthesised.png]
 
@@ -23,11 +23,16 @@ from PIL import Image, ImageDraw
 
 from models.hand_model import load_hand_model
 from stages import rendering
-from stages.hand_scenes import HandPicture, Studio
+from stages.hand_contact import draw_plausible_pose
+from stages.hand_poses import draw_pose, pose_rotations
+from stages.hand_scenes import PICTURE_PX, HandPicture, Studio
+from stages.skinning import pose_hand, rotation_matrices
 from stages.synthesise import scene_rng
+from trainer.metrics import pa_mpjpe_mm
 
 _CELL_PX = 144
 _COLUMNS, _ROWS = 6, 4
+_LARGE_PX = 2 * PICTURE_PX
 _FINGER_COLOURS = ("#ff3030", "#ffa000", "#30e030", "#30c0ff", "#ff50ff")
 
 
@@ -45,6 +50,22 @@ def pictures_a_second(studio: Studio, count: int, edge: float) -> float:
         rendering._EDGE = usual
 
 
+def depths_mm(studio: Studio, count: int) -> dict[str, np.ndarray]:
+    """How far parts of the hand pass through each other: in poses as drawn, and in those that are kept."""
+    rng = np.random.default_rng(0)
+    drawn = [studio.capsules.depth_m(pose_rotations(draw_pose(rng), studio.axes)) for _ in range(count)]
+    kept = [draw_plausible_pose(rng, studio.axes, studio.capsules)[1] for _ in range(count)]
+    return {"poses as drawn": np.array(drawn) * 1e3, "poses kept": np.array(kept) * 1e3}
+
+
+def mean_pose_mm(studio: Studio, count: int) -> float:
+    """PA-MPJPE of always answering the mean pose and shape."""
+    mean = np.concatenate([np.eye(3)[None], rotation_matrices(studio.hand.hands_mean.reshape(15, 3))])
+    answer = pose_hand(studio.hand, mean, np.zeros(10))[1]
+    true = np.stack([studio.take(scene_rng(2, number)).keypoints_3d for number in range(count)])
+    return float(pa_mpjpe_mm(np.broadcast_to(answer, true.shape), true, reflection=True).mean())
+
+
 def contact_sheet(studio: Studio) -> Image.Image:
     """A palette image: whole pictures cut to their boxes, the last row with joints and fingers drawn."""
     sheet = Image.new("RGB", (_COLUMNS * _CELL_PX, _ROWS * _CELL_PX))
@@ -56,16 +77,16 @@ def contact_sheet(studio: Studio) -> Image.Image:
 
 
 def _cell(picture: HandPicture, with_labels: bool) -> Image.Image:
-    image = Image.open(io.BytesIO(picture.jpeg)).convert("RGB").resize((448, 448), Image.Resampling.BICUBIC)
+    image = Image.open(io.BytesIO(picture.jpeg)).convert("RGB").resize((_LARGE_PX,) * 2, Image.Resampling.BICUBIC)
     if with_labels:
         draw = ImageDraw.Draw(image)
         points = [tuple(point) for point in ((picture.keypoints_2d + 0.5) * 2).tolist()]
         for finger, colour in enumerate(_FINGER_COLOURS):
             draw.line([points[0], *points[1 + 4 * finger : 5 + 4 * finger]], fill=colour, width=4)
     half = picture.box_px.max() * 0.85  # in the enlarged picture's pixels
-    low = np.clip((picture.center + 0.5) * 2 - half, 0, 448 - 2 * half)
+    low = np.clip((picture.center + 0.5) * 2 - half, 0, max(_LARGE_PX - 2 * half, 0))
     box = (*low.tolist(), *(low + 2 * half).tolist())
-    return image.resize((_CELL_PX, _CELL_PX), Image.Resampling.LANCZOS, box=box if 2 * half < 448 else None)
+    return image.resize((_CELL_PX, _CELL_PX), Image.Resampling.LANCZOS, box=box if 2 * half < _LARGE_PX else None)
 
 
 def main() -> None:
@@ -81,6 +102,16 @@ def main() -> None:
     count = 30 if arguments.quick else 300
     ours = pictures_a_second(studio, count, rendering._EDGE)
     all_pixels = pictures_a_second(studio, count, -1.0)
+    depth_rows = [
+        {"what": f"{which}, {name}", "value": round(float(value), 2), "unit": unit}
+        for which, depths in depths_mm(studio, 20 * count).items()
+        for name, value, unit in (
+            ("deepest", depths.max(), "mm"),
+            ("99th percentile", np.percentile(depths, 99), "mm"),
+            ("mean", depths.mean(), "mm"),
+            ("deeper than 5 mm", 100 * (depths > 5).mean(), "%"),
+        )
+    ]
     report = {
         "name": "synthesise",
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread used",
@@ -89,6 +120,8 @@ def main() -> None:
         "rows": [
             {"what": "pictures, extra rays on edges", "value": round(ours, 1), "unit": "1/s"},
             {"what": "pictures, extra rays everywhere", "value": round(all_pixels, 1), "unit": "1/s"},
+            *depth_rows,
+            {"what": "mean pose's PA-MPJPE", "value": round(mean_pose_mm(studio, count), 2), "unit": "mm"},
         ],
         "ratios": {"edges_over_everywhere": round(ours / all_pixels, 2)},
     }

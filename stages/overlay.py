@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from models.drawing import draw_hand
 from models.photo_hands import PredictedHand
-from stages.rendering import Camera, Floats, Lighting, Mesh, joined, render
+from stages.rendering import Camera, Floats, Lighting, Mesh, Texture, joined, render
 
 LARGEST_PX = 2048
 """Longer side of an overlay: one ray a pixel is cast, and larger ones show no more."""
@@ -61,7 +61,7 @@ def _rendered(picture: NDArray[np.uint8], hands: Sequence[PredictedHand], scale:
     camera = Camera(focal_px, int(right - left), int(bottom - top))
     # The renderer's principal point is the middle of its picture: the scene is sheared, so that ours is where it was.
     shear = (np.array([x - left, y - top]) - camera.centre_px) / focal_px
-    colours, cover = render(joined([_mesh(hand, shear) for hand in hands]), camera, _LIGHT)
+    colours, cover, _ = render(joined([_mesh(hand, shear) for hand in hands]), camera, _LIGHT)
     window = picture[top:bottom, left:right] / np.float32(255)
     mixed = window * (1 - _OPACITY * cover) + _OPACITY * colours
     shown = picture.copy()
@@ -80,6 +80,7 @@ def _mesh(hand: PredictedHand, shear: NDArray[Any]) -> Mesh:
         albedo=np.tile(_COLOURS[hand.box.side], (count, 1)),
         gloss=np.full(count, 0.15),
         softness=np.full(count, 0.5),
+        texture=Texture.plain(vertices, grain=0.0),
     )
 
 
