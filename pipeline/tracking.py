@@ -153,6 +153,9 @@ class Tracker:
                 found = self._client.get_experiment_by_name(self.target.experiment)
                 if found is None:  # else another process made it just now
                     raise error
+        if found.lifecycle_stage != "active":
+            name = self.target.experiment
+            raise RefusedError(f"its experiment {name!r} was deleted; restore it, or name another: tracking.experiment")
         return str(found.experiment_id)
 
     def run_of(self, spool: str) -> str | None:

@@ -6,12 +6,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from pipeline import provenance, tracking
 from pipeline.spool import POSITION, Spool
+from pipeline.system_metrics import machine_state
 from tests.pipeline.commands import handstill
 from tests.pipeline.lab import NO_WORK, Lab
 
@@ -165,3 +168,31 @@ def test_code_outside_a_checkout_is_named_by_its_version(tmp_path: Path, monkeyp
     assert tags["handstill.version"]
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     assert COMMIT not in provenance.provenance_tags.__wrapped__(), "a repository without a commit"
+
+
+def test_a_deleted_experiment_stops_the_stage_at_its_start(lab: Lab) -> None:
+    client_of(lab).delete_experiment("1")
+    lab.configure({"students.plain.lr": 5e-4})
+    answer = handstill("run", "train", "-c", lab.config)
+    assert answer.code == 1
+    assert "its experiment 'tiny' was deleted" in answer.err
+    client_of(lab).restore_experiment("1")
+    assert lab.run("train").trained == ["plain"]
+
+
+def test_the_gpu_is_looked_at_once_the_process_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver() -> int:
+        raise ModuleNotFoundError("pynvml")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3_000_000, 12_000_000))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000)
+    monkeypatch.setattr(torch.cuda, "utilization", no_driver)
+    assert not [name for name in machine_state(psutil.Process()) if "gpu" in name]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    state = machine_state(psutil.Process())
+    assert state["system/gpu_0_memory_usage_megabytes"] == 9
+    assert state["system/gpu_0_memory_usage_percentage"] == 75
+    assert state["system/process_gpu_memory_peak_megabytes"] == 5
+    assert "system/gpu_0_utilization_percentage" not in state
+    monkeypatch.setattr(torch.cuda, "utilization", lambda: 42)
+    assert machine_state(psutil.Process())["system/gpu_0_utilization_percentage"] == 42

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from models.preprocessing import IMAGE_SIZE
 from models.student import Student
-from pipeline import run_log, training
+from pipeline import provenance, run_log, training
 from pipeline.delivery import deliver_leftovers
 from pipeline.run_log import StudentRun, pipeline_run
 from pipeline.spool import Spool
@@ -183,6 +183,7 @@ print(json.dumps(model.metadata.signature.to_dict()))
         capture_output=True,
         text=True,
         check=False,
+        cwd=provenance.ROOT,
     )
     assert said.returncode == 0, said.stderr
     with torch.inference_mode():
@@ -267,7 +268,7 @@ import os, signal, sys
 from pathlib import Path
 from pipeline.tracking import TrackingTarget
 from pipeline.workdir import Workdir
-from pipeline import run_log, training
+from pipeline import provenance, run_log, training
 from tests.pipeline.test_tracking_server import at_steps, unit_for
 from tests.trainer.jobs import tiny_job
 import pytest, pickle, time
@@ -291,9 +292,8 @@ def test_a_trainer_killed_between_two_checkpoints(job: TrainJob, calm: dict[str,
     target = TrackingTarget(f"sqlite:///{workdir.tracking_database}", "tests", workdir.tracking_artifacts.as_uri())
     unit = unit_for(job, workdir, target, "killed")
     (tmp_path / "unit.pickle").write_bytes(pickle.dumps(unit))
-    died = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "unit.pickle")], capture_output=True, check=False
-    )
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "unit.pickle")]
+    died = subprocess.run(command, capture_output=True, check=False, cwd=provenance.ROOT)
     assert died.returncode == -9, died.stderr.decode()
     spool = Spool(unit.run.folder)
     assert max(r.fields["step"] for r in spool.records() if "loss" in r.fields.get("values", {})) == 5
