@@ -20,6 +20,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema, TensorSpec
 
+from pipeline.provenance import provenance_tags
 from storage.durable import partial_path, remove_tree
 
 IDENTITY = "handstill.identity"
@@ -133,5 +134,5 @@ def _about() -> dict[str, Any]:
         "input": f"RGB crops of {IMAGE_SIZE} px; pixels / 255, minus the mean, over the standard deviation",
         "mean": list(IMAGE_MEAN),
         "std": list(IMAGE_STD),
-        "needs": f"handstill {version('handstill')} on the path",
+        "needs": f"handstill {provenance_tags()['handstill.version']} on the path",
     }

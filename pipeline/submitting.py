@@ -7,6 +7,7 @@ authentication the client takes the token where Ray does: RAY_AUTH_TOKEN, RAY_AU
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import shutil
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import PipelineConfig
 from pipeline.job_code import JOB_BASE, JOB_CODE, PACKAGES, ROOT, code_digest
 from pipeline.loading import load_config
+from pipeline.provenance import JOB_PROVENANCE, provenance_tags
 from storage.errors import InputError, WorkError
 
 if TYPE_CHECKING:
@@ -163,7 +165,7 @@ def _to_stderr(text: str) -> None:
 
 
 def _environment(config_path: Path) -> dict[str, str]:
-    found = {JOB_BASE: str(_base(config_path)), JOB_CODE: code_digest()}
+    found = {JOB_BASE: str(_base(config_path)), JOB_CODE: code_digest(), JOB_PROVENANCE: json.dumps(provenance_tags())}
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         found["MLFLOW_TRACKING_URI"] = uri
     return found

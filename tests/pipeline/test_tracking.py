@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from pipeline import provenance, tracking
+from pipeline import provenance, submitting, tracking
 from pipeline.spool import POSITION, Spool
 from pipeline.system_metrics import machine_state
 from tests.pipeline.commands import handstill
@@ -196,3 +198,22 @@ def test_the_gpu_is_looked_at_once_the_process_uses_it(monkeypatch: pytest.Monke
     assert "system/gpu_0_utilization_percentage" not in state
     monkeypatch.setattr(torch.cuda, "utilization", lambda: 42)
     assert machine_state(psutil.Process())["system/gpu_0_utilization_percentage"] == 42
+
+
+def test_a_submitted_job_names_the_code_that_was_submitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its code is packed without repository and package data."""
+    tags = {"mlflow.source.name": "handstill", "handstill.version": "1.2.3", COMMIT: "0" * 40}
+    assert json.loads(submitting._environment(tmp_path / "pipeline.yaml")[provenance.JOB_PROVENANCE]) == (
+        provenance.provenance_tags()
+    )
+    monkeypatch.setenv(provenance.JOB_PROVENANCE, json.dumps(tags))
+    assert provenance.provenance_tags.__wrapped__() == tags
+    monkeypatch.delenv(provenance.JOB_PROVENANCE)
+
+    def not_installed(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(provenance, "version", not_installed)
+    assert provenance.provenance_tags.__wrapped__()["handstill.version"] == version("handstill")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.provenance_tags.__wrapped__()["handstill.version"] == "unknown"
