@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy.spatial import Delaunay
 
 from models.hand_model import HandModel, load_hand_model
@@ -102,3 +103,12 @@ def test_no_code_counts_mano_s_vertices() -> None:
     folders = ("storage", "models", "stages", "trainer", "pipeline")
     counted = [str(path) for folder in folders for path in (root / folder).rglob("*.py") if "778" in path.read_text()]
     assert counted == []
+
+
+def test_the_bench_configuration_makes_tens_of_thousands_of_hands_beside_the_demo_s() -> None:
+    root = Path(__file__).resolve().parents[2]
+    made = {name: yaml.safe_load((root / name).read_text()) for name in ("pipeline.yaml", "benchmarks/open-hand.yaml")}
+    hands = {name: one["synthesise"]["sets"]["open-train"]["hands"] for name, one in made.items()}
+    assert hands["pipeline.yaml"] < 1000 < 10_000 <= hands["benchmarks/open-hand.yaml"]
+    for one in made.values():
+        assert len({made_set["seed"] for made_set in one["synthesise"]["sets"].values()}) == 2
