@@ -12,7 +12,16 @@ from pydantic_core import PydanticCustomError
 
 from stages.config import AuditConfig, DatasetConfig, SynthesiseConfig, TeacherConfig
 from storage.config import CacheConfig, Section
-from trainer.config import CompareConfig, DistillConfig, EvaluateConfig, StudentConfig, TrainConfig, grid_problem
+from trainer.config import (
+    CompareConfig,
+    DistillConfig,
+    EvaluateConfig,
+    StudentConfig,
+    TrainConfig,
+    TrainOptions,
+    grid_problem,
+    shares_problem,
+)
 
 Role = Literal["train", "evaluate"]
 SomeSection = TypeVar("SomeSection", bound=Section)
@@ -113,7 +122,7 @@ def disagreements(document: Mapping[str, Any]) -> list[str]:
     ]
     if document.get("students") == {}:
         wrong.append("students: names no student; want at least one")
-    return [*wrong, *_unserved_students(document)]
+    return [*wrong, *_unserved_students(document), *_unequal_shares(document)]
 
 
 def _uses_of_datasets(document: Mapping[str, Any]) -> Iterator[tuple[str, Collection[str]]]:
@@ -131,6 +140,18 @@ def _unserved_students(document: Mapping[str, Any]) -> Iterator[str]:
         distill = _read(DistillConfig, _mapping(section).get("distill", {}))
         if cache is not None and distill is not None:
             problem = grid_problem(distill, cache.features.grid)
+            if problem is not None:
+                yield f"students.{name}: {problem}"
+
+
+def _unequal_shares(document: Mapping[str, Any]) -> Iterator[str]:
+    train = {"batch_size": TrainOptions.model_fields["batch_size"].default} | dict(_mapping(document.get("train")))
+    for name, section in _mapping(document.get("students")).items():
+        own = _mapping(section)
+        size = own.get("batch_size", train["batch_size"])
+        workers = {"count": 1} | dict(_mapping(train.get("workers"))) | dict(_mapping(own.get("workers")))
+        if isinstance(size, int) and isinstance(count := workers["count"], int) and count > 0:
+            problem = shares_problem(size, count)
             if problem is not None:
                 yield f"students.{name}: {problem}"
 

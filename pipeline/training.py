@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +18,13 @@ from pipeline.events import EventTail, append_event
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
-from pipeline.workdir import claim_of
-from pipeline.workers import network_resources, ray_session, run_units
+from pipeline.workdir import Claim, claim_of
+from pipeline.workers import Resources, network_resources, ray_session, run_units
 from storage.durable import canonical_json, write_bytes_atomic
 from trainer.config import TRAINING_VERSION, StudentRecipe
 
 if TYPE_CHECKING:
+    from pipeline.config import ClusterConfig
     from pipeline.run_log import RunLog, StudentRun
     from trainer.job import TrainJob, TrainResult
 
@@ -146,6 +149,11 @@ class TrainUnit:
     registered_name: str | None
     """Of the student's model in the registry; None: its files are an artifact of its run."""
     system_metrics_s: float
+    claim: Claim
+    resources: Resources
+    threads: int | None
+    """That each worker computes with; None: as many as Ray lets it."""
+    cluster: ClusterConfig
 
 
 class _Reporter:
@@ -195,18 +203,39 @@ class _Reporter:
 
 def train_unit(unit: TrainUnit) -> TrainResult:
     """Train one student, or go on with it (runs in a worker of its own)."""
-    from pipeline.system_metrics import measuring
+    if unit.resources.workers > 1:
+        return _train_together(unit)
+    import torch
+
     from trainer.loop import train
+
+    if unit.threads is not None:
+        torch.set_num_threads(unit.threads)
+    with _reporting(unit) as reporter:
+        return train(unit.job, reporter)
+
+
+def _train_together(unit: TrainUnit) -> TrainResult:
+    from pipeline.training_group import GroupWork, train_together
+
+    work = GroupWork(unit.job, unit.label, unit.claim, unit.events, partial(_reporting, unit), unit.threads)
+    loopback = unit.cluster.address == "local"
+    return train_together(work, unit.resources, max_retries=unit.cluster.max_retries, loopback=loopback)
+
+
+@contextmanager
+def _reporting(unit: TrainUnit) -> Iterator[_Reporter]:
+    """The student's MLflow run while it trains, and who tells it what happens."""
+    from pipeline.system_metrics import measuring
 
     run = unit.run.open()
     status = "FAILED"
     try:
         with measuring(run, unit.system_metrics_s):
-            result = train(unit.job, _Reporter(unit, run))
+            yield _Reporter(unit, run)
         status = "FINISHED"
     finally:
         run.close(status)
-    return result
 
 
 def run_train(experiment: Experiment, plan: StagePlan) -> StageResult:
@@ -238,7 +267,7 @@ def _train(experiment: Experiment, states: list[StudentState]) -> None:
             units,
             cluster=config.cluster,
             claim=claim_of(experiment.workdir),
-            resources=network_resources(),
+            resources=lambda unit: unit.resources,
             while_waiting=lambda: _follow(tail, steps, progress),
             fresh_process=True,
         ):
@@ -265,6 +294,7 @@ def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent
 
     assert state.digest is not None
     assert state.identity is not None
+    resources = network_resources(state.recipe.workers, experiment.config.cluster)
     folder = state.folder
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(folder / "identity.json", canonical_json(state.identity))
@@ -281,6 +311,7 @@ def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent
         identity=state.digest,
         weights=_path(experiment, state.recipe.weights),
         mocap=_path(experiment, None if state.recipe.prior is None else state.recipe.prior.mocap),
+        device="auto" if resources.gpus else "cpu",
     )
     inputs = tuple(
         CacheInput(name, str(root), cache.fingerprint, digest, "training") for name, root, digest, _ in snapshots
@@ -294,6 +325,7 @@ def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent
         folder=folder,
     )
     tracking = experiment.config.tracking
+    cpus = state.recipe.workers.cpus
     return TrainUnit(
         job=job,
         run=run,
@@ -301,6 +333,10 @@ def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent
         events=experiment.workdir.events,
         registered_name=registered_name(tracking.experiment, state.name) if tracking.register_models else None,
         system_metrics_s=tracking.system_metrics_s,
+        claim=claim_of(experiment.workdir),
+        resources=resources,
+        threads=None if cpus == "auto" else max(1, int(cpus)),
+        cluster=experiment.config.cluster,
     )
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -19,6 +19,7 @@ from pipeline.config import ClusterConfig
 from pipeline.job_code import check_job_code
 from pipeline.workdir import Claim
 from storage.errors import DamageError, InputError, WorkError
+from trainer.config import StudentWorkers
 
 Unit = TypeVar("Unit")
 log = logging.getLogger("handstill")
@@ -33,6 +34,12 @@ class Resources:
 
     cpus: float = 1
     gpus: float = 0
+    workers: int = 1
+    """More: a unit starts so many workers that take this much each, and its own task takes nothing."""
+
+    def of_all(self) -> dict[str, float]:
+        """What all workers take, in Ray's names."""
+        return {"CPU": self.cpus * self.workers, "GPU": self.gpus * self.workers}
 
 
 def cluster_size() -> tuple[dict[str, float], int]:
@@ -43,12 +50,24 @@ def cluster_size() -> tuple[dict[str, float], int]:
     return dict(ray.cluster_resources()), max(len(nodes), 1)  # type: ignore[no-untyped-call]
 
 
-def network_resources() -> Resources:
-    """What training or scoring a network takes: a GPU where the cluster has one, else all cores of a node."""
+def network_resources(workers: StudentWorkers | None = None, cluster: ClusterConfig | None = None) -> Resources:
+    """What training or scoring a network takes: a GPU where the cluster has one, else all cores of a node.
+
+    workers: what the configuration says about it; None: nothing. cluster: if it is this machine alone, which does not
+    grow, what it does not have raises InputError; Ray would wait for it for ever.
+    """
+    workers = workers or StudentWorkers()
     available, nodes = cluster_size()
-    if available.get("GPU", 0) >= 1:
-        return Resources(cpus=1, gpus=1)
-    return Resources(cpus=max(1.0, available.get("CPU", 1.0) // nodes))
+    gpus = float(available.get("GPU", 0) >= 1) if workers.gpus == "auto" else workers.gpus
+    cores = 1.0 if gpus else max(1.0, available.get("CPU", 1.0) // nodes // workers.count)
+    found = Resources(cores if workers.cpus == "auto" else workers.cpus, gpus, workers.count)
+    for name, amount in found.of_all().items():
+        if cluster is not None and cluster.address == "local" and amount > available.get(name, 0):
+            raise InputError(
+                f"train.workers: {workers.count} workers take {amount:g} {name}, this machine has "
+                f"{available.get(name, 0):g}. Give each less (workers.cpus, workers.gpus), or take fewer workers."
+            )
+    return found
 
 
 @contextmanager
@@ -94,13 +113,14 @@ def run_units(
     *,
     cluster: ClusterConfig,
     claim: Claim,
-    resources: Resources,
+    resources: Resources | Callable[[Unit], Resources],
     while_waiting: Callable[[], None],
     fresh_process: bool = False,
 ) -> Iterator[tuple[Unit, Any]]:
     """(unit, result) in the order of completion. A unit whose worker dies is given to another.
 
     Args:
+        resources: what a unit takes, the same for all or asked for each.
         claim: of the run that the work belongs to; held around every unit, so that the next run waits for it.
         while_waiting: called about twice a second, for progress.
         fresh_process: every unit gets a process in which nothing ran before it.
@@ -111,22 +131,37 @@ def run_units(
     """
     import ray
 
-    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
-    options |= {"max_retries": cluster.max_retries} | ({"max_calls": 1} if fresh_process else {})
+    options: dict[str, Any] = {"max_retries": cluster.max_retries} | ({"max_calls": 1} if fresh_process else {})
     task: Any = ray.remote(**options)(_claimed(function, claim))
     waiting = list(units)
     running: dict[Any, Unit] = {}
-    # Enough to keep the cluster full, few enough that a failure is noticed before a million are queued.
-    at_once = 4 * max(1, int(cluster_size()[0].get("CPU", 1) / max(resources.cpus, 0.25)))
+    takes = resources if callable(resources) else lambda _unit: resources
+    available, _ = cluster_size()
     while waiting or running:
-        while waiting and len(running) < at_once:
+        while waiting and _has_room(available, [takes(unit) for unit in running.values()], takes(waiting[0])):
             unit = waiting.pop(0)
-            running[task.remote(unit)] = unit
+            each = takes(unit)
+            own = {"num_cpus": each.cpus, "num_gpus": each.gpus} if each.workers == 1 else {"num_cpus": 0}
+            running[task.options(**own).remote(unit)] = unit
         ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
         while_waiting()
         for reference in ready:
             unit = running.pop(reference)
             yield unit, get(reference)
+
+
+def _has_room(available: Mapping[str, float], taken: Sequence[Resources], wanted: Resources) -> bool:
+    """Whether to hand out another unit.
+
+    Of tasks enough to keep the cluster full, few enough that a failure is noticed before a million are queued. Of
+    units that start their own workers only as many as fit: the others would hold processes that wait.
+    """
+    if wanted.workers == 1:
+        return len(taken) < 4 * max(1, int(available.get("CPU", 1) / max(wanted.cpus, 0.25)))
+    return not taken or all(
+        sum(other.of_all()[name] for other in taken) + amount <= available.get(name, 0)
+        for name, amount in wanted.of_all().items()
+    )
 
 
 def _claimed(function: Callable[[Unit], Any], claim: Claim) -> Callable[[Unit], Any]:

@@ -78,6 +78,21 @@ class PriorConfig(Section):
     labels of the batch itself."""
 
 
+class StudentWorkers(Section):
+    """How many processes train one student together, and what each takes of a node. Students train side by side where
+    there is room for it."""
+
+    count: int = Field(default=1, ge=1)
+    """Data-parallel: each takes its share of every batch, gradients are averaged. The student learns what one process
+    would teach it but for the last bits, with two exceptions: layers with batch statistics normalise each share by
+    itself (their running statistics are averaged), and drop-out differs (docs/decisions/008)."""
+    gpus: float | Literal["auto"] = "auto"
+    """auto: one where the cluster has any."""
+    cpus: float | Literal["auto"] = "auto"
+    """auto: one beside a GPU; else the cores of a node, shared by the `count` workers of one student. A number is also
+    how many threads each computes with."""
+
+
 ShuffleKind = Literal["global", "window"]
 """How the order of an epoch is drawn: over all samples, or over those of a window of shards at a time."""
 
@@ -89,6 +104,8 @@ class TrainOptions(Section):
     """Data sets, mixed by their weights."""
     steps: int = Field(default=100_000, ge=1)
     batch_size: int = Field(default=64, ge=1)
+    """Of all workers together."""
+    workers: StudentWorkers = StudentWorkers()
     lr: float = Field(default=1.0e-4, gt=0)
     weight_decay: float = Field(default=1.0e-4, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
@@ -155,6 +172,12 @@ class _Network(Section):
 class StudentRecipe(_Network, TrainOptions):
     """A student with nothing left open: its own keys over those of `train` over the defaults."""
 
+    @model_validator(mode="after")
+    def _shares_are_equal(self) -> StudentRecipe:
+        if (problem := shares_problem(self.batch_size, self.workers.count)) is not None:
+            raise ValueError(problem)
+        return self
+
     def shuffle_of(self, remote: bool) -> ShuffleKind:
         """The kind that `auto` stands for. remote: whether a cache of the mix lies on an object store."""
         if self.shuffle != "auto":
@@ -166,6 +189,7 @@ class StudentRecipe(_Network, TrainOptions):
         exclude: dict[str, Any] = dict.fromkeys(_NO_EFFECT_ON_WEIGHTS, True) | {"prior": {"mocap"}}
         shuffle = self.shuffle_of(remote)
         exclude |= {"window_shards": True} if shuffle == "global" else {}
+        exclude |= {"workers": {"gpus", "cpus"} if self.workers.count > 1 else True}
         return self.model_dump(mode="json", exclude=exclude) | {"shuffle": shuffle}
 
 
@@ -200,7 +224,13 @@ class StudentConfig(_Network, TrainOptions):
     @model_serializer(mode="wrap")
     def _only_what_was_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         inherited = TrainOptions.model_fields.keys() - self.model_fields_set
-        return {key: value for key, value in handler(self).items() if key not in inherited}
+        given = {name: getattr(self, name) for name in TrainOptions.model_fields.keys() & self.model_fields_set}
+        parts = {
+            name: value.model_dump(mode="json", exclude_unset=True)
+            for name, value in given.items()
+            if isinstance(value, Section)  # inside which the rest is what `train` says, too
+        }
+        return {key: parts.get(key, value) for key, value in handler(self).items() if key not in inherited}
 
     def resolve(self, train: TrainConfig) -> StudentRecipe:
         """The full recipe; inside `loss`, too, only the weights given here replace those of `train`."""
@@ -215,6 +245,13 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(key), dict)
     }
     return base | over | both
+
+
+def shares_problem(batch_size: int, workers: int) -> str | None:
+    """Why so many workers cannot share a batch; None: they can."""
+    if batch_size % workers == 0:
+        return None
+    return f"a batch_size of {batch_size} cannot be shared equally by {workers} workers; change one of them"
 
 
 _SERVED_BY: dict[str, tuple[FeatureGrid, ...]] = {

@@ -97,10 +97,14 @@ class TrainMix:
         colour_jitter: float = 0.0,
         shuffle: ShuffleKind = "global",
         window_shards: int = 16,
+        rank: int = 0,
+        workers: int = 1,
     ) -> None:
         """shuffle: global, or window: at most `window_shards` shards of a source are mixed at a time, and the samples
-        to validate on come from few shards."""
+        to validate on come from few shards. rank, workers: of B samples this one of so many workers reads the places
+        rank, rank + workers, ..., so that each share is as mixed as the whole."""
         self.sources = tuple(sources)
+        self.rank, self.workers = rank, workers
         self.batch_size, self.seed, self.keys, self.colour_jitter = batch_size, seed, tuple(keys), colour_jitter
         ids = [source.reader.ids for source in self.sources]
         shards = [source.reader.shards for source in self.sources]
@@ -123,23 +127,34 @@ class TrainMix:
             ]
 
     def draws(self, step: int) -> list[tuple[Ints, Ints]]:
-        """Rows and views of step `step` (from 0), one pair a source."""
+        """Rows and views of step `step` (from 0), one pair a source; of all workers."""
         return [self._rows_and_views(i, numbers) for i, numbers in enumerate(self._numbers(step))]
 
+    def share(self, step: int) -> list[tuple[Ints, Ints]]:
+        """Those of the step's draws that this worker reads."""
+        shares, place = [], 0
+        for rows, views in self.draws(step):
+            mine = slice((self.rank - place) % self.workers, None, self.workers)
+            shares.append((rows[mine], views[mine]))
+            place += len(rows)
+        return shares
+
     def batch(self, step: int) -> Batch:
-        """The arrays `keys` of one step's samples, `pictures` (B,256,256,3) uint8 and `sample_id` among them.
+        """The arrays `keys` of this worker's share of a step, `pictures` (B / workers,256,256,3) uint8 and `sample_id`
+        among them.
 
         Features come as they are stored: whoever trains multiplies them by `teacher/features_scale`, where it trains.
         """
         parts = [
             source.reader.read(rows, views, self.keys, decoded=False)
-            for source, (rows, views) in zip(self.sources, self.draws(step), strict=True)
+            for source, (rows, views) in zip(self.sources, self.share(step), strict=True)
             if len(rows)
         ]
         batch = _joined(parts)
         if self.colour_jitter:
             rng = random_generator(self.seed, "colour", step)
-            batch[PICTURES] = _jittered(batch[PICTURES], self.colour_jitter, rng)
+            colour = rng.uniform(1 - self.colour_jitter, 1 + self.colour_jitter, size=(self.batch_size, 1, 1, 3))
+            batch[PICTURES] = _tinted(batch[PICTURES], colour[self.rank :: self.workers])
         return batch
 
     def batches(self, first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
@@ -162,12 +177,15 @@ class TrainMix:
         return sum(len(rows) for rows in self.held_out)
 
     def validation_batches(self) -> Iterator[Batch]:
-        """The held-out samples, their plain view, in the snapshots' order; the last batch may be smaller."""
+        """The held-out samples, their plain view, in the snapshots' order; the last batch may be smaller.
+
+        Of several workers each has every so manyth batch, in turn.
+        """
         chunks = [
             (source.reader, rows[start : start + self.batch_size].tolist())
             for source, rows in zip(self.sources, self.held_out, strict=True)
             for start in range(0, len(rows), self.batch_size)
-        ]
+        ][self.rank :: self.workers]
 
         def read(chunk: int) -> Batch:
             reader, rows = chunks[chunk]
@@ -221,6 +239,5 @@ def _joined(parts: Sequence[Batch]) -> Batch:
     return parts[0] if len(parts) == 1 else {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def _jittered(pictures: NDArray[np.uint8], amount: float, rng: np.random.Generator) -> NDArray[np.uint8]:
-    colour = rng.uniform(1 - amount, 1 + amount, size=(len(pictures), 1, 1, 3)).astype(np.float32)
-    return np.asarray(np.clip(pictures * colour, 0, 255), dtype=np.uint8)
+def _tinted(pictures: NDArray[np.uint8], colour: NDArray[np.float64]) -> NDArray[np.uint8]:
+    return np.asarray(np.clip(pictures * colour.astype(np.float32), 0, 255), dtype=np.uint8)

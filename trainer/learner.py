@@ -74,10 +74,11 @@ class StudentUnderTraining(nn.Module):
         """Whether the student's forward runs in bfloat16 there."""
         return self.recipe.precision == "bf16" or (self.recipe.precision == "auto" and device.type == "cuda")
 
-    def losses(self, batch: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+    def losses(self, batch: Tensors, workers: int = 1) -> tuple[Tensor, Tensors, Tensors]:
         """The loss to minimise, its parts (mean a sample, unweighted, detached), and the student's answers.
 
-        batch: tensors by the cache's keys (`keys_for`).
+        batch: tensors by the cache's keys (`keys_for`). workers: this is the share of one of so many: the mean of all
+        their losses is the whole batch's, also where the preset sums over the batch.
         """
         distill, weights = self.recipe.distill, self.recipe.loss
         outputs = self(batch[PICTURES])
@@ -87,7 +88,7 @@ class StudentUnderTraining(nn.Module):
             teacher = output_losses(outputs, _group(batch, "teacher/"))
             per_sample = per_sample + distill.outputs * weighted(teacher, weights)
             parts |= _means("teacher", teacher)
-        total = per_sample.sum() if distill.preset == "paper" else per_sample.mean()
+        total = per_sample.sum() * workers if distill.preset == "paper" else per_sample.mean()
         if distill.features and self.feature_loss is not None:
             taught = self.decoder(batch[FEATURES], batch.get(FEATURES_SCALE))
             features = self.feature_loss(outputs["features"], taught).mean()

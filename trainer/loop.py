@@ -1,12 +1,14 @@
 """Training one student from caches, from first step to saved student; stopped anywhere, it continues bit for bit.
 
 A run's folder holds checkpoint.pt and best-<step>/ (the best student so far) while it goes on, and student/,
-pictures.png and result.json when it is done; `trainer.job` says what they are.
+pictures.png and result.json when it is done; `trainer.job` says what they are. Several workers (`trainer.distributed`)
+run the same lines, each on its share of every batch; the first of them writes and reports.
 The teacher is not in this process: `train` refuses to start where models.teacher was imported.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -16,6 +18,8 @@ import sys
 import threading
 import time
 import zipfile
+from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +45,7 @@ from storage.identity import sound_attachment
 from trainer.averaging import WeightAverage
 from trainer.config import StudentRecipe
 from trainer.data import PICTURES, Batch, Source, TrainMix
+from trainer.distributed import Group, rng_states, running_statistics, seed_worker, set_rng_states
 from trainer.features import feature_decoder
 from trainer.job import CHECKPOINT, PICTURES_PNG, RESULT, STUDENT, Callbacks, Silent, TrainJob, TrainResult
 from trainer.job import params_of as params_of
@@ -55,26 +60,41 @@ STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 _SHOWN_PICTURES = 16
 
 
-def train(job: TrainJob, callbacks: Callbacks | None = None) -> TrainResult:
+def train(
+    job: TrainJob,
+    callbacks: Callbacks | None = None,
+    group: Group | None = None,
+    stop: threading.Event | None = None,
+) -> TrainResult:
     """Train the student, or continue it, or return its result if it is done.
+
+    group: the workers that train it together, all of which call this; None: this process alone. stop: set by whoever
+    catches SIGTERM; None: caught here.
 
     Raises InputError (a cache that cannot serve it), DamageError (its checkpoint is damaged), WorkError (a loss that
     is not finite, with the step and the samples). On SIGTERM it writes a checkpoint and raises SystemExit(143).
     """
     assert "models.teacher" not in sys.modules, "a teacher was loaded into a training process"
-    callbacks = callbacks or Silent()
+    group = group or Group()
+    callbacks = callbacks if callbacks is not None and group.leads else Silent()
     done = read_result(job.out_dir)
     if done is not None and done.identity == job.identity:
         return done
     job.out_dir.mkdir(parents=True, exist_ok=True)
-    sweep_partial(job.out_dir)
+    if group.leads:
+        sweep_partial(job.out_dir)
     start = time.perf_counter()
-    run = _Run(job, callbacks)
+    run = _Run(job, callbacks, group)
     run.resume()
     callbacks.on_start(params_of(job))
-    with stop_signal() as stop:
-        run.to_the_end(stop)
-    return run.finish(time.perf_counter() - start)
+    with nullcontext(stop) if stop is not None else stop_signal() as stopped:
+        run.to_the_end(stopped)
+    if group.leads:
+        run.finish(time.perf_counter() - start)
+    group.wait()
+    done = read_result(job.out_dir)
+    assert done is not None
+    return done
 
 
 def learning_rate(recipe: StudentRecipe, step: int) -> float:
@@ -90,8 +110,8 @@ def learning_rate(recipe: StudentRecipe, step: int) -> float:
 class _Run:
     """The state of a run: what a checkpoint holds, and what is made anew from the job."""
 
-    def __init__(self, job: TrainJob, callbacks: Callbacks) -> None:
-        self.job, self.recipe, self.callbacks = job, job.recipe, callbacks
+    def __init__(self, job: TrainJob, callbacks: Callbacks, group: Group) -> None:
+        self.job, self.recipe, self.callbacks, self.group = job, job.recipe, callbacks, group
         self.device = torch.device(_device(job.device))
         limit_bytes = int(self.recipe.disk_cache_gb * 1e9)
         readers = [
@@ -108,6 +128,8 @@ class _Run:
             colour_jitter=self.recipe.colour_jitter,
             shuffle=self.recipe.shuffle_of(job.remote),
             window_shards=self.recipe.window_shards,
+            rank=group.rank,
+            workers=group.size,
         )
         kinds = {canonical_json(reader.identity["features"] | {"C": reader.feature_shape[-1]}) for reader in readers}
         if len(kinds) != 1:
@@ -126,12 +148,15 @@ class _Run:
         if self.recipe.compile:
             _refuse_to_compile_in_vain()
             self.module.student.compile()
+        self.losses = group.losses_of(self.module)
+        self.statistics = running_statistics(self.module)
+        seed_worker(job.seed, group)  # until here all did the same
         self.step = 0
         self.best_step = 0
         self.best: dict[str, float] = {}
 
     def to_the_end(self, stop: threading.Event) -> None:
-        recipe, watch = self.recipe, Watch()
+        recipe, watch = self.recipe, Watch(self.group)
         batches = self.mix.batches(self.step, recipe.steps, self._loader_workers())
         self.module.train()
         while self.step < recipe.steps:
@@ -141,7 +166,7 @@ class _Run:
             self.step += 1
             last = self.step == recipe.steps
             validates = last or self.step % recipe.validate_every == 0
-            stopping = stop.is_set()
+            stopping = self.group.any(stop.is_set())
             saves = validates or stopping or self.step % recipe.checkpoint_every == 0
             if saves or self.step % recipe.log_every == 0:
                 self.callbacks.on_step(self.step, watch.report(learning_rate(recipe, self.step - 1)))
@@ -150,6 +175,7 @@ class _Run:
             if saves:
                 self._save()
             if stopping and not last:
+                self.group.wait()  # whoever watches the workers ends all when one is gone: not before it is written
                 raise SystemExit(STOPPED_EXIT_CODE)
 
     def finish(self, seconds: float) -> TrainResult:
@@ -183,17 +209,16 @@ class _Run:
             self.average.load_state_dict(state["average"])
             if self.prior is not None:
                 self.prior.load_state_dict(state["prior"])
-            torch.set_rng_state(state["rng"])
-            if state["cuda_rng"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+            set_rng_states(state["rng"], self.group, self.device)
             self.step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
+        assert self.group.total(self.step) == self.step * self.group.size, "the workers read different checkpoints"
         self._drop_other_bests()
 
     def _learn(self, batch: Batch) -> tuple[Tensor, Tensors, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.step)
         tensors = self._tensors(batch)
-        loss, parts, outputs = self.module.losses(tensors)
+        loss, parts, outputs = self.losses(tensors)
         if self.prior is not None:
             pleasing = self.prior.loss(outputs)
             loss, parts = loss + pleasing, parts | {"prior/pleasing": pleasing.detach()}
@@ -201,10 +226,12 @@ class _Run:
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip_grad_norm or math.inf)
         self.optimizer.step()
+        loss = loss.detach()
+        self.group.average([loss, *parts.values(), *self.statistics])
         self.average.update(self.step)
         if self.prior is not None:
             parts |= self.prior.learn(outputs, tensors, self.step)
-        return loss.detach(), parts, norm.detach()
+        return loss, parts, norm.detach()
 
     def _prior(self) -> PosePrior | None:
         if self.recipe.prior is None:
@@ -216,6 +243,7 @@ class _Run:
             seed=self.job.seed,
             lr=self.recipe.lr,
             weight_decay=self.recipe.weight_decay,
+            group=self.group,
         ).to(self.device)
 
     @torch.no_grad()
@@ -225,7 +253,7 @@ class _Run:
             self._keep({})
             return
         self.average.module.eval()
-        scores = [self._scores(batch) for batch in self.mix.validation_batches()]
+        scores = self._of_all_workers([self._scores(batch) for batch in self.mix.validation_batches()])
         self.module.train()
         sizes = np.array([score.pop("samples") for score in scores])
         means = {key: _mean_of([score[key] for score in scores], sizes) for key in scores[0]}
@@ -247,8 +275,15 @@ class _Run:
         scores = {"loss": float(total), "pa_mpjpe_mm": error, "samples": float(len(labels))}
         return scores | {key: float(value) for key, value in parts.items()}
 
+    def _of_all_workers(self, mine: list[dict[str, float]]) -> list[dict[str, float]]:
+        """The scores of all batches, in their order: they were dealt out in turn."""
+        dealt = [json.loads(scores) for scores in self.group.gathered(json.dumps(mine).encode())]
+        return [score for turn in zip_longest(*dealt) for score in turn if score is not None]
+
     def _keep(self, metrics: dict[str, float]) -> None:
         self.best_step, self.best = self.step, metrics
+        if not self.group.leads:
+            return
         target = self._best_dir(self.step)
         if target.exists():  # left by a process that died before its checkpoint; after it, bits may differ on a GPU
             remove_tree(target)
@@ -258,6 +293,9 @@ class _Run:
 
     def _save(self) -> None:
         """Replace the checkpoint; only then forget what the one before needed."""
+        rng = rng_states(self.group, self.device)
+        if not self.group.leads:
+            return
         state = {
             "identity": self.job.identity,
             "step": self.step,
@@ -267,8 +305,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
             "prior": None if self.prior is None else self.prior.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "rng": rng,
         }
         path = self.job.out_dir / CHECKPOINT
         partial = partial_path(path)
@@ -307,7 +344,7 @@ class _Run:
         return self.job.out_dir / f"best-{step}"
 
     def _drop_other_bests(self) -> None:
-        for path in self.job.out_dir.glob("best-*"):
+        for path in self.job.out_dir.glob("best-*") if self.group.leads else ():
             if path != self._best_dir(self.best_step):
                 remove_tree(path)
 

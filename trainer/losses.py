@@ -35,7 +35,7 @@ def rotations(axis_angle_B3N: Tensor) -> Tensor:
         *(2 * (w * z + x * y), w * w - x * x + y * y - z * z, 2 * (y * z - w * x)),
         *(2 * (x * z - w * y), 2 * (w * x + y * z), w * w - x * x - y * y + z * z),
     ]
-    return torch.stack(rows, 1).reshape(len(axis_angle_B3N), -1, 3, 3)
+    return torch.stack(rows, 1).reshape(len(axis_angle_B3N), axis_angle_B3N.shape[1] // 3, 3, 3)
 
 
 def label_losses(pred: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:

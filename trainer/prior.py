@@ -24,6 +24,7 @@ from models.hand_model import SHAPE_COMPONENTS
 from storage.errors import InputError
 from storage.npz import read_npz
 from trainer.config import PriorConfig
+from trainer.distributed import Group
 from trainer.losses import rotations
 
 Tensors = dict[str, Tensor]
@@ -37,13 +38,15 @@ def pleasing_loss(opinions: Tensor) -> Tensor:
     return (opinions - 1).square().sum(1)
 
 
-def judging_loss(on_predicted: Tensor, on_real: Tensor, *, published: bool) -> Tensor:
+def judging_loss(on_predicted: Tensor, on_real: Tensor, *, published: bool, real_hands: float | None = None) -> Tensor:
     """What the judge minimises: its opinions (B,17) on predicted hands towards 0, those (R,17) on real ones towards 1.
 
-    published: both sums over B, as HaMeR and Fast-HaMeR do it; else each side's mean.
+    published: both sums over B, as HaMeR and Fast-HaMeR do it; else each side's mean. real_hands: what to divide the
+    real ones' sum by instead of R, where these are one worker's.
     """
     predicted, real = on_predicted.square().sum(), (on_real - 1).square().sum()
-    return predicted / len(on_predicted) + real / len(on_predicted if published else on_real)
+    counted = len(on_real) if real_hands is None else real_hands
+    return predicted / len(on_predicted) + real / (len(on_predicted) if published else counted)
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,9 @@ class Mocap:
     betas: NDArray[np.float32]
     """(M,10)"""
 
-    def draw(self, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """`count` hands for step `step`: rotation matrices (count,15,3,3) and shapes (count,10)."""
-        rows = np.random.default_rng([seed, 0x6D6F636170, step]).integers(len(self.hand_pose), size=count)
+    def draw(self, count: int, seed: int, step: int, share: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """`count` hands for step `step`, or a share of them: rotation matrices (count,15,3,3), shapes (count,10)."""
+        rows = np.random.default_rng([seed, 0x6D6F636170, step]).integers(len(self.hand_pose), size=count)[share]
         return rotations(torch.from_numpy(self.hand_pose[rows])), torch.from_numpy(self.betas[rows])
 
 
@@ -89,9 +92,19 @@ class PosePrior:
     """The judge in training, with an optimizer of its own; what a checkpoint must hold of it is `state_dict`."""
 
     def __init__(
-        self, config: PriorConfig, *, published: bool, mocap: Mocap | None, seed: int, lr: float, weight_decay: float
+        self,
+        config: PriorConfig,
+        *,
+        published: bool,
+        mocap: Mocap | None,
+        seed: int,
+        lr: float,
+        weight_decay: float,
+        group: Group | None = None,
     ) -> None:
+        """group: the workers that share each batch; their judges learn from all of it and stay the same."""
         self.weight, self.published, self.mocap, self.seed = config.weight, published, mocap, seed
+        self._group = group or Group()
         self.judge = Discriminator()
         self._rate = (lr, weight_decay)
         self.to(torch.device("cpu"))
@@ -114,23 +127,32 @@ class PosePrior:
         """
         pose, betas = outputs["hand_pose"].detach(), outputs["betas"].detach()
         real = self._real(batch, step, len(pose))
-        if real is None:
+        real_hands = self._group.total(len(real[0]))
+        if not real_hands:
             return {}
-        loss = judging_loss(self.judge(pose, betas), self.judge(*real), published=self.published)
+        loss = judging_loss(
+            self.judge(pose, betas),
+            self.judge(*real),
+            published=self.published,
+            real_hands=real_hands / self._group.size,  # the workers' losses are averaged
+        )
         self.optimizer.zero_grad(set_to_none=True)
         (self.weight * loss).backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
+        self._group.average_gradients(self.judge.parameters())
         self.optimizer.step()
-        return {"prior/judging": loss.detach()}
+        parts = {"prior/judging": loss.detach()}
+        self._group.average(list(parts.values()))
+        return parts
 
-    def _real(self, batch: Tensors, step: int, predicted: int) -> tuple[Tensor, Tensor] | None:
+    def _real(self, batch: Tensors, step: int, predicted: int) -> tuple[Tensor, Tensor]:
+        """This worker's real hands (R,15,3,3) and their shapes (R,10); R may be 0."""
         device = next(self.judge.parameters()).device
         if self.mocap is None:
             trusted = (batch["labels/has_hand_pose"] > 0) & (batch["labels/has_betas"] > 0)
-            if not trusted.any():
-                return None
             return rotations(batch["labels/hand_pose"][trusted]), batch["labels/betas"][trusted]
-        count = predicted * _REAL_A_PREDICTED["paper" if self.published else "corrected"]
-        pose, betas = self.mocap.draw(count, self.seed, step)
+        group = self._group
+        count = group.size * predicted * _REAL_A_PREDICTED["paper" if self.published else "corrected"]
+        pose, betas = self.mocap.draw(count, self.seed, step, slice(group.rank, None, group.size))
         return pose.to(device), betas.to(device)
 
     def state_dict(self) -> dict[str, Any]:

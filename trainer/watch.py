@@ -14,6 +14,7 @@ from torch import Tensor
 
 from storage.errors import WorkError
 from trainer.data import PICTURES, Batch
+from trainer.distributed import Group
 from trainer.learner import Tensors
 
 
@@ -24,7 +25,9 @@ class Watch:
     before a report, and so before anything is saved.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group | None = None) -> None:
+        """group: the workers that share each batch; what `note` is given of it is the whole batch's for each alike."""
+        self._group = group or Group()
         self._pending: tuple[int, Batch, Tensor, Tensors, Tensor] | None = None
         self._start = time.perf_counter()
         self._waited_s = 0.0
@@ -41,7 +44,7 @@ class Watch:
         """The outcome of a step (from 0); raises WorkError if the step before had no finite loss or gradient."""
         self._check()
         self._pending = (step, batch, loss, parts, grad_norm)
-        self._pictures += len(batch[PICTURES])
+        self._pictures += len(batch[PICTURES]) * self._group.size
 
     def report(self, lr: float) -> dict[str, float]:
         """Losses of the last step, and rates since the last report."""
@@ -62,9 +65,10 @@ class Watch:
             return
         found = {"loss": float(loss), "grad_norm": float(grad_norm)} | {k: float(v) for k, v in parts.items()}
         wrong = [key for key, value in found.items() if not math.isfinite(value)]
+        samples = b", ".join(self._group.gathered(", ".join(batch["sample_id"].tolist()).encode())).decode()
         raise WorkError(
-            f"step {step + 1}: {', '.join(wrong)} not finite. The samples of the step: "
-            f"{', '.join(batch['sample_id'].tolist())}. Nothing of it was saved; lower train.lr, or look at them."
+            f"step {step + 1}: {', '.join(wrong)} not finite. The samples of the step: {samples}. "
+            "Nothing of it was saved; lower train.lr, or look at them."
         )
 
 

@@ -28,7 +28,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     for module in (ingesting, synthesising, training, evaluating):
         patch.setattr(module, "run_units", run_units)
     for module in (training, evaluating):
-        patch.setattr(module, "network_resources", Resources)
+        patch.setattr(module, "network_resources", lambda *_: Resources())
     for module in (run, ingesting, synthesising, calibrating, teaching, training, evaluating):
         patch.setattr(module, "ray_session", no_session)
     for module in (calibrating, teaching):
@@ -47,7 +47,7 @@ def run_units(
     *,
     cluster: ClusterConfig,
     claim: Claim,
-    resources: Resources,
+    resources: Resources | Callable[[Any], Resources],
     while_waiting: Callable[[], None],
     fresh_process: bool = False,
 ) -> Iterator[tuple[Any, Any]]:

@@ -307,6 +307,13 @@ def test_the_schema_takes_what_the_loader_takes(default: bool) -> None:
         jsonschema.Draft202012Validator(json_schema()).validate(document)
 
 
+def test_a_batch_that_workers_cannot_share_is_told_for_each_student() -> None:
+    changes = {"train.workers": {"count": 3}, "students.plain.batch_size": 6, "students.hybrid.workers": {"cpus": 2}}
+    (said,) = problems(changes)
+    assert said == "students.hybrid: a batch_size of 4 cannot be shared equally by 3 workers; change one of them"
+    assert "workers.count" in problems({"students.plain.workers": {"count": 0}})[0]
+
+
 def test_the_resolved_configuration_is_a_configuration() -> None:
     config = parse_config(changed({}), "f")
     again = parse_config(config.model_dump(mode="json"), "resolved")

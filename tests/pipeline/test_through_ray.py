@@ -20,7 +20,7 @@ from storage.errors import DamageError
 from storage.reading import open_cache
 from storage.snapshots import read_head
 from tests.tiny_cache import write_tiny_cache
-from tests.tiny_experiment import configure, make_experiment
+from tests.tiny_experiment import configure, events_of, make_experiment
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,6 +90,38 @@ def test_actors_calibrate_and_then_teach(taught: tuple[Path, subprocess.Complete
     assert json.loads(done.stdout)["stages"]["teach"]["done"] == 8
     assert "calibrate: 24/24 views" in done.stderr
     assert json.loads(command(config, "verify", "--json").stdout)["ok"] is True
+
+
+def test_two_students_train_at_the_same_time(taught: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """Each takes one of two cores or more; events say from when to when."""
+    config, _ = taught
+    configure(config, {"train.workers": {"cpus": 1}, "train.steps": 20, "train.checkpoint_every": 20})
+    done = command(config, "run", "train", "--json")
+    assert done.returncode == 0, done.stderr
+    begun, ended = (
+        {event["unit"]: event["time"] for event in events_of(config) if event["event"] == name}
+        for name in ("train_started", "train_done")
+    )
+    assert begun.keys() == ended.keys() == {"plain-seed0", "hybrid-seed0"}
+    assert max(begun.values()) < min(ended.values())
+
+
+@pytest.mark.slow  # a second training; the default suite has workers without MLflow and without the command line
+def test_students_of_two_workers_each_come_out_of_the_command(
+    taught: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    config, _ = taught
+    configure(config, {"train.workers": {"count": 2, "cpus": 0.5}, "train.steps": 3})
+    seen = len(events_of(config))
+    done = command(config, "run", "--json")
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout)["stages"]
+    assert (stages["train"]["done"], stages["evaluate"]["done"], stages["compare"]["done"]) == (2, 3, 1)
+    events = events_of(config, seen)
+    begun = {(event["unit"], event["rank"]) for event in events if event["event"] == "train_worker"}
+    assert begun == {(unit, rank) for unit in ("plain-seed0", "hybrid-seed0") for rank in (0, 1)}
+    assert [event["step"] for event in events if event["event"] == "train_done"] == [3, 3]
+    assert not list(config.parent.rglob("ray-train"))
 
 
 @pytest.mark.slow  # another start of Ray; the default suite has the same mistake without

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from trainer.config import DistillConfig, StudentConfig, StudentRecipe, TrainConfig, grid_problem
+from trainer.config import DistillConfig, StudentConfig, StudentRecipe, StudentWorkers, TrainConfig, grid_problem
 
 TRAIN = TrainConfig.model_validate(
     {"on": ["a"], "steps": 7, "clip_grad_norm": 0.5, "loss": {"betas": 0.25}, "seeds": [1]}
@@ -87,3 +87,23 @@ def test_an_unserved_grid_names_the_grids_that_would_serve() -> None:
     assert grid_problem(DistillConfig(outputs=1.0), "8x6-geometric") is None
     assert "8x6-geometric or full" in str(grid_problem(geometric, "8x8-paper"))
     assert "8x8-paper or full" in str(grid_problem(paper, "8x6-geometric"))
+
+
+def test_workers_are_part_of_the_identity_when_there_are_several() -> None:
+    alone = student().resolve(TRAIN).identity()
+    assert student(workers={"cpus": 2, "gpus": 0}).resolve(TRAIN).identity() == alone
+    assert "workers" not in alone
+    two = student(workers={"count": 2, "cpus": 2}).resolve(TRAIN).identity()
+    assert two == alone | {"workers": {"count": 2}}
+
+
+def test_one_key_of_workers_leaves_the_others_as_train_says() -> None:
+    train = TRAIN.model_copy(update={"workers": StudentWorkers(count=2, cpus=3)})
+    four = student(workers={"count": 4})
+    assert four.resolve(train).workers == StudentWorkers(count=4, cpus=3)
+    assert StudentConfig.model_validate(four.model_dump(mode="json")).resolve(train) == four.resolve(train)
+
+
+def test_a_batch_is_shared_equally_or_not_at_all() -> None:
+    with pytest.raises(ValidationError, match="a batch_size of 64 cannot be shared equally by 3 workers"):
+        student(workers={"count": 3}).resolve(TRAIN)
