@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,16 @@ def _scan(experiment: Experiment, plan: StagePlan) -> None:
 def quarantined(table: pa.Table) -> int:
     """How many rows of a manifest carry a reason why they cannot be used."""
     return int(pc.sum(pc.is_valid(table.column("reason"))).as_py() or 0)
+
+
+def reasons_to_leave_out(tables: Iterable[pa.Table]) -> dict[str, int]:
+    """Kinds of reasons, the most frequent first, each with its number of rows: `filtered: min_keypoints` 2."""
+    kinds: Counter[str] = Counter()
+    for table in tables:
+        for reason in table.column("reason").drop_null().to_pylist():
+            first, _, rest = reason.partition(": ")
+            kinds[f"{first}: {rest.partition(':')[0]}" if first == "filtered" else first] += 1
+    return dict(kinds.most_common())
 
 
 def _warn_of_shared_pictures(experiment: Experiment, tables: Mapping[str, Iterable[pa.Table]]) -> None:

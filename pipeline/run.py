@@ -75,7 +75,12 @@ def run_all(experiment: Experiment, last: str | None = None) -> dict[str, StageR
             return _run_stages(experiment, stages, plans)
         except BaseException as error:
             with suppress(OSError):  # a full disk must not hide why the run failed
-                append_event(experiment.workdir.events, "run_failed", error=f"{type(error).__name__}: {error}"[:2000])
+                told = (
+                    "stopped by a signal"
+                    if isinstance(error, KeyboardInterrupt)
+                    else f"{type(error).__name__}: {error}"
+                )
+                append_event(experiment.workdir.events, "run_failed", error=told[:2000])
             raise
 
 

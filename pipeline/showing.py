@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
@@ -15,6 +15,9 @@ from storage.cache import CacheFolder
 from storage.errors import DamageError, InputError
 from storage.snapshots import read_head, read_info, snapshot_path
 from trainer.export_files import EXPORT
+
+if TYPE_CHECKING:
+    from models.weight_loading import KeyReport
 
 
 def is_sample_id(what: str) -> bool:
@@ -149,11 +152,16 @@ def _show_checkpoint(path: Path) -> dict[str, Any]:
         "network": found.network,
         "parameters": found.parameters,
         "model_config": str(found.model_config),
+        "hand_model": "inside" if _holds_a_hand(found.report) else "none: name one in teacher.mano_model",
         "used": len(found.report.used),
         "ignored": ignored,
         "missing": list(found.report.missing),
         "unexpected": list(found.report.unexpected),
     }
+
+
+def _holds_a_hand(report: KeyReport) -> bool:
+    return any(name.startswith("mano.") for name in (*report.used, *report.ignored))
 
 
 def _encoding(folder: CacheFolder) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.caches import cache_state, current_snapshots
 from pipeline.events import EventTail
 from pipeline.experiment import Experiment
-from pipeline.ingesting import ingested, quarantined
+from pipeline.ingesting import ingested, quarantined, reasons_to_leave_out
 from pipeline.manifests import ManifestIndex
 from pipeline.plan import StagePlan
 from pipeline.run import plan_all
@@ -20,7 +20,8 @@ def status(experiment: Experiment) -> dict[str, Any]:
     """Per stage: total, done, stale, quarantined, last_error (DESIGN section 7), and what a run is doing now."""
     plans = plan_all(experiment)
     errors, current = _from_events(experiment)
-    bad = {"ingest": _quarantined_at_ingest(experiment), "teach": _quarantined_at_teach(experiment)}
+    tables = [table for group in ingested(experiment, ManifestIndex(experiment)).values() for table in group]
+    bad = {"ingest": sum(quarantined(table) for table in tables), "teach": _quarantined_at_teach(experiment)}
     stages = {
         name: {
             "total": plan.total,
@@ -31,7 +32,7 @@ def status(experiment: Experiment) -> dict[str, Any]:
         }
         for name, plan in plans.items()
     }
-    return {"stages": stages, "current_stage": current}
+    return {"stages": stages, "current_stage": current, "left_out_at_ingest": reasons_to_leave_out(tables)}
 
 
 def _stale(plan: StagePlan) -> int:
@@ -57,11 +58,6 @@ def _from_events(experiment: Experiment) -> tuple[dict[str, str], str | None]:
             errors[current] = str(event["error"])
             current = None
     return errors, current
-
-
-def _quarantined_at_ingest(experiment: Experiment) -> int:
-    tables = ingested(experiment, ManifestIndex(experiment))
-    return sum(quarantined(table) for group in tables.values() for table in group)
 
 
 def _quarantined_at_teach(experiment: Experiment) -> int:

@@ -103,7 +103,9 @@ def status_text(document: Mapping[str, Any]) -> str:
     ]
     running = document["current_stage"]
     now = "nothing is running" if running is None else f"running now: {running}"
-    return table(["stage", "done", "total", "stale", "quarantined", "last error"], rows) + f"\n{now}"
+    why = [f"left out at ingest: {count} {reason}" for reason, count in document["left_out_at_ingest"].items()]
+    head = ["stage", "done", "total", "stale", "quarantined", "last error"]
+    return "\n".join([table(head, rows), *why, now])
 
 
 def human_bytes(count: float) -> str:

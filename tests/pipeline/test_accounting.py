@@ -55,7 +55,10 @@ def test_counts_tie_with_both_kinds_of_quarantine(lab: Lab) -> None:
     }
     reasons = {sample_id: reason.split(":")[0] for sample_id, reason in quarantine_of(lab, "beta").items()}
     assert reasons == {"beta:lonely#0": "no-label", "beta:nan#0": "bad-label", "beta:broken#0": "undecodable-picture"}
-    status = as_json(lab.config, "status")["stages"]
+    document = as_json(lab.config, "status")
+    assert document["left_out_at_ingest"] == {"no-label": 1, "bad-label": 1}
+    assert "left out at ingest: 1 bad-label" in handstill("status", "-c", lab.config).out
+    status = document["stages"]
     assert (status["ingest"]["quarantined"], status["teach"]["quarantined"]) == (2, 3)
     lab.run()
     again = as_json(lab.config, "run")["stages"]

@@ -291,6 +291,17 @@ def test_a_misspelt_backbone_is_told_with_close_names(finished: Path, tmp_path: 
     assert re.search(r"datasets\.val: .*val-000001\.tar", said)
 
 
+def test_the_file_for_the_real_job_is_valid() -> None:
+    config = load_config(ROOT / "docs/hamer.yaml")
+    mix = {name: config.datasets[name].weight for name in config.datasets_of("train")}
+    assert len(mix) == 10
+    assert sum(mix.values()) == pytest.approx(1.0)
+    published = config.students["as-published"].resolve(config.train)
+    assert (published.batch_size, published.steps, published.lr, published.schedule) == (8, 1_000_000, 1e-5, "constant")
+    weights = [config.students[name].distill.features or 0 for name in ("as-published", "corrected")]
+    assert weights[0] / published.batch_size == pytest.approx(weights[1])
+
+
 def test_the_schema_in_docs_is_current() -> None:
     """To write it again: handstill check --schema > docs/pipeline.schema.json"""
     assert json.loads((ROOT / "docs/pipeline.schema.json").read_text()) == json_schema()
