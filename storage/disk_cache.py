@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import threading
 import time
 import weakref
@@ -92,7 +93,14 @@ class DiskCache:
             if shard.is_dir():
                 os.utime(descriptor)
                 return True
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # gives the shared one up first: two who ask do not block
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (
+                BlockingIOError
+            ):  # somebody looks too, or fetches; who then waited here would wait until it is closed
+                time.sleep(random.uniform(0.001, 0.01))
+                continue
             if _stands(descriptor, shard.with_suffix(".lock")) and not shard.is_dir():
                 self._fetch(shard, size, fetch, descriptor)
 

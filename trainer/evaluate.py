@@ -146,9 +146,7 @@ def evaluate_student(job: EvaluateJob) -> EvaluationResult:
         unanswered=unanswered,
     )
     channels_last = student.channels_last_safe
-    return _finish(
-        job.out_dir, _with_size_and_speed(result, student.fused(), job.latency, device, channels_last=channels_last)
-    )
+    return _finish(job.out_dir, _with_size_and_speed(result, student, job.latency, device, channels_last=channels_last))
 
 
 def evaluate_teacher(job: TeacherJob) -> EvaluationResult:

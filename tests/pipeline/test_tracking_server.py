@@ -23,12 +23,14 @@ from safetensors.numpy import load_file
 from models.preprocessing import IMAGE_SIZE
 from models.student import Student
 from pipeline import provenance, run_log, training
+from pipeline.config import ClusterConfig
 from pipeline.delivery import deliver_leftovers
 from pipeline.run_log import StudentRun, pipeline_run
 from pipeline.spool import Spool
 from pipeline.tracking import CacheInput, TrackingTarget, check_store
 from pipeline.training import TrainUnit, train_unit
-from pipeline.workdir import Workdir
+from pipeline.workdir import Workdir, claim_of
+from pipeline.workers import Resources
 from storage.errors import WorkError
 from tests.mlflow_server import MlflowServer
 from tests.trainer.jobs import tiny_job
@@ -85,6 +87,10 @@ def unit_for(
         events=workdir.events,
         registered_name=f"tests-{name}",
         system_metrics_s=0.2,
+        claim=claim_of(workdir),
+        resources=Resources(),
+        threads=None,
+        cluster=ClusterConfig(),
     )
 
 

@@ -22,7 +22,7 @@ CHECKPOINT = Path(models.__file__).parent / "assets" / "demo_teacher" / "checkpo
 
 def test_the_demo_s_teacher_finds_the_hand_s_orientation() -> None:
     seen, true = [], []
-    for picture in draw_pictures(load_hand_model("open-hand"), 3000, range(24)):
+    for picture in draw_pictures(load_hand_model("open-hand"), 3000, range(96)):
         image = np.asarray(Image.open(io.BytesIO(picture.jpeg)))
         seen.append(crop(image, picture.center, STUDENT_BOX.side_px(picture.box_px / 200), picture.right).picture)
         true.append((picture.keypoints_3d - picture.keypoints_3d[0]) * [1 if picture.right else -1, 1, 1])
@@ -31,7 +31,7 @@ def test_the_demo_s_teacher_finds_the_hand_s_orientation() -> None:
         out = teacher(normalise(torch.from_numpy(np.stack(seen))))
     joints, truth = out["keypoints_3d"].numpy().astype(np.float64), np.stack(true)
     mean = np.tile(truth.mean(axis=0), (len(truth), 1, 1))
-    assert out["features"].shape == (24, 192, 16, 12)
+    assert out["features"].shape == (96, 192, 16, 12)
     assert mpjpe_mm(joints - joints[:, :1], truth).mean() < 0.75 * mpjpe_mm(mean, truth).mean()
 
 

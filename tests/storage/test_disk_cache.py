@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +70,31 @@ def test_many_who_ask_fetch_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(ask, range(8)))
     assert calls == ["a"]
+
+
+def test_who_waits_for_a_fetch_does_not_wait_until_the_shard_is_closed(tmp_path: Path) -> None:
+    """All look before any fetches; the first keeps the shard, as a reader does."""
+    calls: list[str] = []
+    start = threading.Barrier(8)
+
+    def ask(_: int) -> int:
+        disk = DiskCache(tmp_path, 9 * SHARD)
+        start.wait()
+        return disk.hold(shard(tmp_path, "a"), SHARD, slow)
+
+    def slow(partial: Path) -> None:
+        time.sleep(0.2)
+        writer(calls, "a")(partial)
+
+    pool = ThreadPoolExecutor(8)
+    asked = [pool.submit(ask, number) for number in range(8)]
+    try:
+        holds = [each.result(timeout=20) for each in asked]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    assert calls == ["a"]
+    for hold in holds:
+        os.close(hold)
 
 
 def test_a_fetch_that_failed_leaves_nothing_and_is_tried_again(tmp_path: Path) -> None:
