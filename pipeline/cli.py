@@ -292,7 +292,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         raise InputError(f"--limit: found {arguments.limit}, want a number of samples of at least 1")
     limit = [] if arguments.limit is None else ["--limit", str(arguments.limit)]
     stage = [arguments.stage] if arguments.stage else []
-    job = arguments.follow or submit(arguments.config, ["run", *stage, *limit])
+    job = arguments.follow or submit(config, arguments.config, ["run", *stage, *limit])
     if arguments.no_wait:
         _answer(arguments, {"ok": True, "job": job}, lambda: job)
         return 0

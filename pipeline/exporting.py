@@ -17,7 +17,7 @@ from pipeline.experiment import Experiment, open_experiment
 from pipeline.tables import human_bytes
 from pipeline.training import StudentState, student_states
 from storage.errors import InputError
-from trainer.job import RESULT, STUDENT, read_result
+from trainer.job import RESULT, STUDENT, read_result, student_folder
 
 if TYPE_CHECKING:
     from trainer.evaluate import EvaluationResult, EvaluationSet
@@ -92,7 +92,8 @@ def _rating(result: EvaluationResult) -> float | None:
 
 def _untrained(experiment: Experiment, wish: Wish) -> str:
     seed = "" if wish.seed is None else f" with seed {wish.seed}"
-    older = sorted(experiment.workdir.students.glob(f"{wish.what}/seed-{wish.seed or '*'}/*/{RESULT}"))
+    which = "*" if wish.seed is None else wish.seed
+    older = sorted(experiment.workdir.students.glob(f"{wish.what}/seed-{which}/*/{RESULT}"))
     hint = f", or export an older one by its folder, e.g. {older[-1].parent / STUDENT}" if older else ""
     return (
         f"export: the student {wish.what}{seed} is not trained as the file describes it now (seeds: "
@@ -160,8 +161,7 @@ def _of_folder(config: Path, wish: Wish) -> ExportJob:
         raise InputError(f"export {wish.what}: give --to FOLDER: a student named by its path has no place in a workdir")
     if wish.seed is not None:
         raise InputError(f"export {wish.what}: --seed is for students named in the file; a folder holds one")
-    given = Path(wish.what)
-    student = given / STUDENT if (given / STUDENT).is_dir() else given
+    student = student_folder(Path(wish.what))
     int8 = None
     if wish.int8:
         experiment = open_experiment(config)

@@ -11,7 +11,7 @@ from models.hand_model import OPEN_HAND, HandModel
 from models.sizes import HAMER
 from models.student import Student
 from storage.errors import InputError
-from trainer.job import STUDENT
+from trainer.job import STUDENT, student_folder
 
 TEACHER = "teacher"
 
@@ -45,7 +45,7 @@ def open_network(what: str, config: Path, mano_model: str | None = None) -> Name
     if path.is_file():
         return _checkpoint(path, mano_model)
     if path.is_dir() and what != TEACHER:
-        return _student(_student_folder(path), mano_model)
+        return _student(student_folder(path), mano_model)
     if what == TEACHER:
         return _teacher(config, mano_model)
     return _student(_trained(what, config), mano_model)
@@ -83,12 +83,6 @@ def _student(folder: Path, mano_model: str | None) -> NamedNetwork:
         raise InputError(f"--mano-model: {folder} has its own hand model; the option is for checkpoints that hold none")
     student = Student.load(folder)
     return NamedNetwork(student, student.hand_model, student.spec.backbone, folder)
-
-
-def _student_folder(path: Path) -> Path:
-    """The folder itself, or the one one of that name in it: people name either."""
-    inner = path / STUDENT
-    return inner if inner.is_dir() and not (path / "student.json").is_file() else path
 
 
 def _trained(what: str, config: Path) -> Path:

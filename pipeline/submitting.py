@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import PipelineConfig
 from pipeline.job_code import JOB_BASE, JOB_CODE, PACKAGES, ROOT, code_digest
-from pipeline.loading import load_config
 from pipeline.provenance import JOB_PROVENANCE, provenance_tags
 from storage.errors import InputError, WorkError
 
@@ -39,14 +38,12 @@ LOOK_EVERY_S = 2.0
 STOPPED_EXIT_CODE = 143
 
 
-def submit(config_path: Path, command: Sequence[str]) -> str:
-    """Hand `handstill <command>` to the cluster; the job's id.
+def submit(config: PipelineConfig, config_path: Path, command: Sequence[str]) -> str:
+    """Hand `handstill <command>` to the cluster; the job's id. config: what stands in the file at config_path.
 
     Raises:
-        InputError: the configuration is wrong.
         WorkError: the job server cannot be used.
     """
-    config = load_config(config_path)
     client = job_client(config)
     with _packed(config_path) as folder:
         job = client.submit_job(

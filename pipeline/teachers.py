@@ -68,7 +68,6 @@ class TeacherActor:
         from models.teacher import load_teacher
         from stages.teach import numerics, teacher_forward
 
-        check_job_code()
         settings = self._settings
         self._holding.enter_context(settings.claim.held())
         if settings.threads is not None:
@@ -144,7 +143,7 @@ def _decode(job: ShardJob) -> Any:
 
 
 def prepared_batches_of_job(job: ShardJob) -> Iterator[PreparedBatch]:
-    """`prepared_batches`, in a worker of its own."""
+    """`prepared_batches`, in a worker of its own: one that holds no claim, whose code is therefore looked at here."""
     check_job_code()
     yield from prepared_batches(job)
 

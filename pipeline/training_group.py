@@ -28,7 +28,6 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from pipeline.events import append_event
-from pipeline.job_code import check_job_code
 from pipeline.sharing import only_one
 from pipeline.workdir import Claim
 from pipeline.workers import OUR_ERRORS, POLL_S, Resources
@@ -105,7 +104,6 @@ def _train(work: GroupWork) -> None:
     if work.threads is not None:
         torch.set_num_threads(work.threads)
     group = Group.joined()
-    check_job_code()
     with work.claim.held(), only_one(work.job.out_dir / LOCK) if group.leads else nullcontext():
         append_event(work.events, "train_worker", unit=work.label, rank=group.rank, workers=group.size)
         group.wait()

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
+from pipeline.job_code import check_job_code
 from storage.durable import is_partial, remove_tree, sweep_partial
 from storage.errors import InputError, WorkError
 
@@ -208,8 +209,10 @@ class Claim:
         """Around everything that a worker writes: the next run waits until it is left, or until the worker is dead.
 
         Raises:
-            WorkError: another run has the workdir now; this work is not wanted any more.
+            WorkError: another run has the workdir now, and this work is not wanted any more; or the worker has other
+                code than the job that was submitted.
         """
+        check_job_code()
         with self.workdir.workers_lock.open("a") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH)
             if _said_by_holder(self.workdir) != self.holder:

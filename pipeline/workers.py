@@ -16,7 +16,6 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from pipeline.config import ClusterConfig
-from pipeline.job_code import check_job_code
 from pipeline.workdir import Claim
 from storage.errors import DamageError, InputError, WorkError
 from trainer.config import StudentWorkers
@@ -167,7 +166,6 @@ def _has_room(available: Mapping[str, float], taken: Sequence[Resources], wanted
 def _claimed(function: Callable[[Unit], Any], claim: Claim) -> Callable[[Unit], Any]:
     @wraps(function)
     def work(unit: Unit) -> Any:
-        check_job_code()
         with claim.held():
             return function(unit)
 

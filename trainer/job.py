@@ -22,6 +22,12 @@ RESULT = "result.json"
 """Written last: the run is done."""
 
 
+def student_folder(path: Path) -> Path:
+    """The student at a path that a person names: the folder itself, or the one called STUDENT in it."""
+    inner = path / STUDENT
+    return inner if inner.is_dir() and not (path / "student.json").is_file() else path
+
+
 PinnedSet = tuple[str, Path | str, str, float]
 """A data set of the mix at one snapshot: its name, the cache's folder or its URL on an object store, the snapshot's
 digest, its weight."""

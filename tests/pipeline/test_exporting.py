@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,3 +116,6 @@ def test_a_student_that_changed_since_is_not_exported_by_its_name(lab: Lab) -> N
     assert answer.code == 2
     (older,) = lab.workdir.glob("students/plain/seed-0/*/student")
     assert str(older) in answer.err
+    shutil.copytree(older.parents[1], older.parents[2] / "seed-1")
+    answer = handstill("export", "plain", "--seed", "0", "-c", lab.config)
+    assert str(older) in answer.err, "of the seed that was asked for"

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import job_code
+from pipeline.workdir import Workdir, claim_of
 from storage.errors import WorkError
 from tests.tiny_experiment import configure, events_of, make_experiment
 
@@ -166,12 +167,15 @@ def test_no_job_server(head: Head, config: Path, tmp_path: Path) -> None:
     assert "cannot use the Ray job server" in answer.stderr
 
 
-def test_a_worker_with_other_code_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_with_other_code_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(job_code.JOB_CODE, job_code.code_digest())
     job_code.check_job_code()
     monkeypatch.setenv(job_code.JOB_CODE, "0" * 64)
     with pytest.raises(WorkError, match=r"imports models, pipeline, .* not the code that was submitted"):
         job_code.check_job_code()
+    workdir = Workdir(tmp_path)
+    with pytest.raises(WorkError, match="not the code that was submitted"), claim_of(workdir).held():
+        pass
 
 
 def test_the_digest_is_of_names_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,25 +14,17 @@ from models.mano import OPENPOSE_ORDER, ManoLayer
 from stages.hand_poses import (
     BASE_JOINTS,
     FINGERS,
-    GESTURES,
     LIMITS,
     draw_pose,
-    pose_rotations,
-    rest_axes,
-    within_limits,
 )
 from stages.open_hand import write_mano_pkl
 from stages.skinning import TO_OPENPOSE, pose_hand, rotation_matrices
+from tests.stages.posing import posed
 
 
 @pytest.fixture(scope="module")
 def hand() -> HandModel:
     return load_hand_model("open-hand")
-
-
-def posed(hand: HandModel, gesture: str) -> tuple[np.ndarray, np.ndarray]:
-    turns = pose_rotations(within_limits(GESTURES[gesture]), rest_axes(hand))
-    return pose_hand(hand, np.concatenate([np.eye(3)[None], turns]), np.zeros(10))
 
 
 def test_it_is_a_right_hand_of_a_grown_up_s_size_in_mano_s_frame(hand: HandModel) -> None:

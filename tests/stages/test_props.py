@@ -11,22 +11,16 @@ from scipy.spatial import Delaunay
 
 from models.hand_model import HandModel, load_hand_model
 from stages.hand_looks import Skin
-from stages.hand_poses import GESTURES, pose_rotations, rest_axes, within_limits
 from stages.hand_scenes import Studio
 from stages.photographs import jpeg_bytes, photograph
 from stages.props import held_thing, room_beside, solid, thing_before
 from stages.rendering import Camera, Layers, Lighting, Mesh, Texture, render
-from stages.skinning import pose_hand
+from tests.stages.posing import posed
 
 
 @pytest.fixture(scope="module")
 def hand() -> HandModel:
     return load_hand_model("open-hand")
-
-
-def posed(hand: HandModel, gesture: str) -> tuple[np.ndarray, np.ndarray]:
-    turns = pose_rotations(within_limits(GESTURES[gesture]), rest_axes(hand))
-    return pose_hand(hand, np.concatenate([np.eye(3)[None], turns]), np.zeros(10))
 
 
 @pytest.mark.parametrize("kind", ["rod", "ball", "box", "cone"])
