@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.digests import digest_of
-from storage.errors import InputError, WorkError
+from storage.errors import BusyError, InputError
 
 USERS = "users.lock"
 """Shared by every run from its beginning to its end; `clean` and `verify` hold it alone."""
@@ -53,13 +53,13 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     """Around what must not meet a run of another workdir.
 
     Raises:
-        WorkError: such a run is at work.
+        BusyError: such a run is at work.
     """
     try:
         with _lock(folder / USERS, fcntl.LOCK_EX | fcntl.LOCK_NB):
             yield
     except BlockingIOError:
-        raise WorkError(
+        raise BusyError(
             f"{what}: a run of another workdir is at work on the caches that {folder} belongs to. Wait for it."
         ) from None
 

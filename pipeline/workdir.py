@@ -18,7 +18,7 @@ from typing import IO
 
 from pipeline.job_code import check_job_code
 from storage.durable import is_partial, remove_tree, sweep_partial
-from storage.errors import InputError, WorkError
+from storage.errors import BusyError, InputError, WorkError
 
 log = logging.getLogger("handstill")
 
@@ -128,7 +128,8 @@ def lease(workdir: Workdir, orphans_end_in_s: float = ORPHANS_END_IN_S) -> Itera
 
     Raises:
         InputError: the folder cannot be written to.
-        WorkError: another run holds it; the message names it. Or a killed run's worker does not end.
+        BusyError: another run holds it; the message names it.
+        WorkError: a killed run's worker does not end.
     """
     try:
         workdir.root.mkdir(parents=True, exist_ok=True)
@@ -140,10 +141,8 @@ def lease(workdir: Workdir, orphans_end_in_s: float = ORPHANS_END_IN_S) -> Itera
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
-            raise WorkError(
-                f"another run holds {workdir.root}: {handle.read().strip() or 'it has not said who'}. "
-                "Wait for it, or stop that process."
-            ) from None
+            who = holder_sentence(handle.read())
+            raise BusyError(f"another run holds {workdir.root}: {who}. Wait for it, or stop that process.") from None
         handle.truncate(0)
         handle.write(json.dumps(_holder()))
         handle.flush()
@@ -170,6 +169,16 @@ def _holder() -> dict[str, str | int]:
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": secrets.token_hex(8),
     }
+
+
+def holder_sentence(said: str) -> str:
+    """What lease.json says of the run that holds a workdir, for a person."""
+    try:
+        holder = json.loads(said)
+        since = datetime.fromisoformat(holder["since"]).astimezone(UTC)
+        return f"process {holder['pid']} on {holder['host']}, since {since:%Y-%m-%d %H:%M:%S} UTC"
+    except (ValueError, KeyError, TypeError):
+        return "it has not said who it is"
 
 
 def _wait_for_orphans(workdir: Workdir, patience_s: float) -> None:

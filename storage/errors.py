@@ -19,3 +19,7 @@ class DamageError(RuntimeError):
 
 class WorkError(RuntimeError):
     """The work itself failed (a worker died too often, a loss became NaN); exit code 1."""
+
+
+class BusyError(WorkError):
+    """Another run holds what this one needs: nothing failed, and it may be tried again later; exit code 1."""

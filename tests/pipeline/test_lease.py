@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def test_a_held_workdir_refuses_others_and_names_the_holder(
     answer = handstill(*command, "-c", lab.config, "--json")
     assert answer.code == 1
     assert answer.document["ok"] is False
-    assert f'"pid": {holder.pid}' in answer.err
+    assert f"process {holder.pid} on {socket.gethostname()}, since 20" in answer.err
     assert str(lab.workdir) in answer.err
     assert "Traceback" not in answer.err
 
