@@ -88,7 +88,7 @@ class FeatureLoss(nn.Module):
             raise InputError(problem)
         sizes = (teacher_dim, student_dim) if distill.preset == "paper" else (student_dim, teacher_dim)
         self.projection = nn.Identity() if student_dim == teacher_dim else nn.Conv2d(*sizes, kernel_size=1)
-        self.projection.requires_grad_(distill.preset != "paper")  # the published one never reached the optimizer
+        self.projection.requires_grad_(distill.projection_is_trained)
 
     def forward(self, student_BCHW: Tensor, teacher_BDHW: Tensor) -> Tensor:
         """(B,): each sample's mean over channels and tokens."""

@@ -107,3 +107,15 @@ def test_one_key_of_workers_leaves_the_others_as_train_says() -> None:
 def test_a_batch_is_shared_equally_or_not_at_all() -> None:
     with pytest.raises(ValidationError, match="a batch_size of 64 cannot be shared equally by 3 workers"):
         student(workers={"count": 3}).resolve(TRAIN)
+
+
+def test_a_key_that_says_nothing_new_leaves_the_identity() -> None:
+    said = student(distill={"features": 0.2, "projection": "frozen"}).resolve(TRAIN).identity()
+    unsaid = student(distill={"features": 0.2}).resolve(TRAIN).identity()
+    assert said["distill"]["projection"] == "frozen"
+    assert said["distill"] == unsaid["distill"] | {"projection": "frozen"}
+
+
+def test_the_paper_never_trained_its_projection() -> None:
+    with pytest.raises(ValidationError, match="the published one was never trained"):
+        student(distill={"features": 1.8, "preset": "paper", "projection": "trained"})

@@ -253,9 +253,18 @@ def test_which_cache_serves_which_alignment(tmp_path: Path, grid: str, alignment
             train(job)
 
 
-@pytest.mark.parametrize(("preset", "trains"), [("corrected", True), ("paper", False)])
-def test_whether_the_projection_learns(tmp_path: Path, preset: str, trains: bool) -> None:
-    recipe = tiny_job(tmp_path, distill={"features": 1.8, "preset": preset}).recipe
+@pytest.mark.parametrize(
+    ("distill", "trains"),
+    [
+        ({}, True),
+        ({"projection": "trained"}, True),
+        ({"projection": "frozen"}, False),
+        ({"preset": "paper"}, False),
+        ({"preset": "paper", "projection": "frozen"}, False),
+    ],
+)
+def test_whether_the_projection_learns(tmp_path: Path, distill: dict[str, str], trains: bool) -> None:
+    recipe = tiny_job(tmp_path, distill={"features": 1.8, **distill}).recipe
     student = Student(StudentSpec(backbone=recipe.backbone, head=recipe.head), load_hand_model("open-hand"))
     module = StudentUnderTraining(student, recipe, "8x8-paper", teacher_dim=32)
     assert module.feature_loss is not None
