@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.caches import CacheState, DatasetShards
 from pipeline.calibrations import calibration_folder, calibration_key, codec_of_a_cache, publish_calibration
-from pipeline.events import append_event
+from pipeline.events import append_event, told
 from pipeline.experiment import Experiment
 from pipeline.progress import views_progress
 from pipeline.teachers import TeacherSettings, teach_all
@@ -97,6 +97,8 @@ def _jobs(experiment: Experiment, train: CacheState, samples: int) -> Iterator[S
                 settings=train.settings,
                 cache_root=train.root,
                 base=experiment.base,
+                events=experiment.workdir.events,
+                told=told(),
             )
 
 

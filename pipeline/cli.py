@@ -56,7 +56,7 @@ def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
     """Say why on stderr, to a script on stdout too."""
     _say(f"handstill: {message}", sys.stderr)
     if arguments.json:
-        _say(json.dumps({"ok": False, "error": message, "exit_code": code}))
+        _say(json.dumps({**arguments.about, "ok": False, "error": message, "exit_code": code}))
     return code
 
 
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Offline distillation of HaMeR into small 3D hand mesh networks.",
         parents=[_global_options()],
     )
-    parser.set_defaults(config=Path("pipeline.yaml"), json=False, verbose=False, afterwards=_GO_ON)
+    parser.set_defaults(config=Path("pipeline.yaml"), json=False, verbose=False, afterwards=_GO_ON, about={})
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     def verb(name: str, command: Command, help_text: str) -> argparse.ArgumentParser:
@@ -137,7 +137,9 @@ def build_parser() -> argparse.ArgumentParser:
     predict.set_defaults(afterwards="what is finished is kept whole, the same command makes all of it again")
     clean = verb("clean", _clean, "list outputs that no plan refers to")
     clean.add_argument("--stale", action="store_true", required=True)
-    clean.add_argument("--yes", action="store_true", help="delete them")
+    how = clean.add_mutually_exclusive_group()
+    how.add_argument("--yes", action="store_true", help="delete them")
+    how.add_argument("--dry-run", action="store_true", help="only say what, and how many bytes (default)")
     return parser
 
 
@@ -200,12 +202,16 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from pipeline.experiment import open_experiment
     from pipeline.run import run_all
+    from pipeline.summary import RunSummary
     from pipeline.tables import run_text
 
     experiment = open_experiment(arguments.config, limit=arguments.limit, rehash=arguments.rehash)
-    results = run_all(experiment, arguments.stage)
-    document = {"ok": True, "stages": {name: result.as_json() for name, result in results.items()}}
-    _answer(arguments, document, lambda: run_text(experiment, results))
+    summary = RunSummary(experiment)
+    try:
+        results = run_all(experiment, arguments.stage, summary)
+    finally:
+        arguments.about = summary.document
+    _answer(arguments, {"ok": True, **summary.document}, lambda: run_text(experiment, results))
     return 0
 
 

@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 from pipeline.evaluating import EvaluationState, evaluation_states
+from pipeline.events import append_event
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult
-from pipeline.tables import where_things_are
+from pipeline.tables import bytes_below, where_things_are
 from storage.durable import canonical_json, write_bytes_atomic
 from storage.errors import InputError
 from trainer.config import REPORT_VERSION
@@ -44,6 +45,8 @@ def run_compare(experiment: Experiment, plan: StagePlan) -> StageResult:
     started = time.monotonic()
     if plan.todo:
         compare_now(experiment)
+        size = bytes_below(experiment.workdir.report)
+        append_event(experiment.workdir.events, "compare_done", unit="report", bytes=size)
     return StageResult(plan.todo, plan.total - plan.todo, seconds=time.monotonic() - started)
 
 

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from stages.config import AuditConfig, DatasetConfig, SynthesiseConfig, TeacherConfig
@@ -62,6 +62,50 @@ class ClusterConfig(Section):
     """A run whose plan costs more stops before it starts."""
 
 
+def _is_web_address(url: SecretStr) -> SecretStr:
+    if not url.get_secret_value().startswith(("http://", "https://")):
+        raise ValueError("want an address that begins with http:// or https:// (it is a secret, so it is not shown)")
+    return url
+
+
+class NotifyConfig(Section):
+    """Who is told how a run ended. What goes wrong in telling is logged, and changes nothing."""
+
+    command: list[str] = Field(default=[])
+    """A program and its arguments, run without a shell; it gets the run's summary as JSON on stdin."""
+    url: Annotated[SecretStr, AfterValidator(_is_web_address)] | None = None
+    """A webhook that gets the summary as a POST. Never shown or logged; the environment's HANDSTILL_NOTIFY_URL wins."""
+    on: list[Literal["failure", "success"]] = Field(default=["failure"])
+    """Which endings are worth telling."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """How long each of them may take."""
+
+
+class KeepConfig(Section):
+    """How much of what no plan refers to any more is kept all the same; nothing, unless told."""
+
+    keep_days: float | None = Field(default=None, ge=0)
+    """So long after `clean`, or a run's end, first found it stale."""
+    keep_last: int = Field(default=0, ge=0)
+    """The so many youngest: of caches those of each role, of students and scores those of each name and seed."""
+
+
+class RetentionConfig(Section):
+    """What `clean` leaves of stale outputs. What a configuration refers to is never deleted."""
+
+    caches: KeepConfig = KeepConfig()
+    """Also calibrations and manifests, and stale shards and snapshots of caches in use, to which keep_days applies."""
+    students: KeepConfig = KeepConfig()
+    """And their scores."""
+    events: KeepConfig = KeepConfig()
+    """The event log and the summaries of runs; keep_last counts runs. Neither number: all of it stays."""
+    pinned: list[str] = Field(default=[])
+    """Folders that always stay, by their last part: a cache's fingerprint, a student's identity, or
+    hybrid/seed-0/<identity>. What a pinned student was trained on stays with it."""
+    at_end: bool = False
+    """Whether every run that succeeds cleans up at its end."""
+
+
 class PipelineConfig(Section):
     """The whole experiment; sections in the order in which they run."""
 
@@ -81,6 +125,8 @@ class PipelineConfig(Section):
     compare: CompareConfig = CompareConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    notify: NotifyConfig = NotifyConfig()
+    retention: RetentionConfig = RetentionConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> PipelineConfig:

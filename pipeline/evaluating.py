@@ -18,6 +18,7 @@ from pipeline.events import append_event
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
+from pipeline.tables import bytes_below
 from pipeline.training import StudentState, student_states
 from pipeline.workdir import claim_of
 from pipeline.workers import network_resources, ray_session, run_units
@@ -156,7 +157,7 @@ def evaluate_unit(unit: EvaluateUnit) -> EvaluationResult:
     result = _score(unit)
     run_id = _log(unit, result)
     write_bytes_atomic(unit.out_dir / LOGGED, canonical_json({"run_id": run_id}))
-    append_event(unit.events, "evaluate_done", unit=unit.label)
+    append_event(unit.events, "evaluate_done", unit=unit.label, bytes=bytes_below(unit.out_dir))
     return result
 
 

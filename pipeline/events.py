@@ -6,14 +6,36 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_TOLD: dict[str, Any] = {}
+"""What this process says of itself with every event: run, stage, node."""
+
+
+@contextmanager
+def telling(**fields: Any) -> Iterator[None]:
+    """Inside, every event of this process has these fields too."""
+    before = dict(_TOLD)
+    _TOLD.update(fields)
+    try:
+        yield
+    finally:
+        _TOLD.clear()
+        _TOLD.update(before)
+
+
+def told() -> dict[str, Any]:
+    """What every event of this process says; to be handed on to those that work for it."""
+    return dict(_TOLD)
 
 
 def append_event(path: Path, event: str, **fields: Any) -> None:
     """Append one line; a line this short is written whole or not at all (O_APPEND)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": round(time.time(), 3), "pid": os.getpid(), "event": event, **fields}) + "\n"
+    about = {"time": round(time.time(), 3), "pid": os.getpid(), "event": event}
+    line = json.dumps(about | _TOLD | fields) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())

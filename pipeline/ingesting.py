@@ -100,7 +100,7 @@ def ingest_unit(unit: IngestUnit) -> Ingested:
     path = unit.manifests / source.dataset / manifest_name(table)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(path, table)
-    append_event(unit.events, "ingest_done", unit=str(source.path), rows=len(table))
+    append_event(unit.events, "ingest_done", unit=str(source.path), rows=len(table), bytes=path.stat().st_size)
     return Ingested(path, stamps, len(table))
 
 

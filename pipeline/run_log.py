@@ -195,13 +195,25 @@ def _open(spool: Spool, target: TrackingTarget, name: str, tags: Mapping[str, st
     return run
 
 
+_CURRENT: list[tuple[str, RunLog]] = []
+"""The pipeline's run that this process has begun, and the name of its spool."""
+
+
+def current_run() -> RunLog | None:
+    """The pipeline's run, where this process is inside `pipeline_run`."""
+    return _CURRENT[-1][1] if _CURRENT else None
+
+
 @contextmanager
 def pipeline_run(workdir: Workdir, target: TrackingTarget, name: str, tags: Mapping[str, str]) -> Iterator[str]:
-    """The parent run of one `handstill run` that trains: the name of its spool, for `StudentRun.parent`.
+    """The parent run of one `handstill run`: the name of its spool, for `StudentRun.parent`. Inside it: the same again.
 
     Raises:
         WorkError: the store answers that it cannot be used. One that does not answer is warned of, and work goes on.
     """
+    if _CURRENT:
+        yield _CURRENT[-1][0]
+        return
     problem = check_store(target)
     if problem is not None:
         log.warning(
@@ -214,9 +226,12 @@ def pipeline_run(workdir: Workdir, target: TrackingTarget, name: str, tags: Mapp
     if problem is None:
         run.flush(START_PATIENCE_S)
     status = "FAILED"
+    parent = str(next(spool.records()).fields["spool"])
+    _CURRENT.append((parent, run))
     try:
-        yield next(spool.records()).fields["spool"]
+        yield parent
         status = "FINISHED"
     finally:
+        _CURRENT.pop()
         if run.close(status) == 0:
             remove_tree(spool.folder)  # whatever belongs under it finds it in the store

@@ -10,6 +10,7 @@ from pipeline.experiment import Experiment
 from pipeline.ingesting import ingested, quarantined, reasons_to_leave_out
 from pipeline.manifests import ManifestIndex
 from pipeline.plan import StagePlan
+from pipeline.retention import undelivered
 from pipeline.run import plan_all
 from pipeline.teaching import ROLES
 from storage.errors import DamageError, InputError
@@ -32,7 +33,13 @@ def status(experiment: Experiment) -> dict[str, Any]:
         }
         for name, plan in plans.items()
     }
-    return {"stages": stages, "current_stage": current, "left_out_at_ingest": reasons_to_leave_out(tables)}
+    workdir = experiment.workdir
+    return {
+        "stages": stages,
+        "current_stage": current,
+        "left_out_at_ingest": reasons_to_leave_out(tables),
+        "undelivered_records": sum(map(undelivered, (workdir.tracking_runs, workdir.students, workdir.evaluations))),
+    }
 
 
 def _stale(plan: StagePlan) -> int:

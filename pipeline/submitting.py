@@ -35,6 +35,8 @@ DEFAULT_JOB_SERVER = "http://127.0.0.1:8265"
 PATIENCE_S = 300.0
 """How long a job server may be away while its job is followed: a head that restarts is back by then."""
 LOOK_EVERY_S = 2.0
+AGENT_PATIENCE_S = 120.0
+"""How long a head may take until its agent can start jobs; on an idle machine it is seconds after the dashboard."""
 STOPPED_EXIT_CODE = 143
 
 
@@ -46,14 +48,29 @@ def submit(config: PipelineConfig, config_path: Path, command: Sequence[str]) ->
     """
     client = job_client(config)
     with _packed(config_path) as folder:
-        job = client.submit_job(
+        job = _handed_over(
+            client,
             entrypoint=" ".join([config.cluster.job_python, "-m", "pipeline.cli", *command, "-c", PACKED_CONFIG]),
             submission_id=f"handstill-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             runtime_env={"working_dir": str(folder), "env_vars": _environment(config_path)},
             metadata={"handstill": config.name, "command": " ".join(command)},
         )
     log.info("submitted job %s to %s; relative paths start at %s there", job, address_of(config), _base(config_path))
-    return str(job)
+    return job
+
+
+def _handed_over(client: JobSubmissionClient, **job: Any) -> str:
+    """Submit; a head that has only just started, or is busy, is asked again for a while."""
+    give_up = time.monotonic() + AGENT_PATIENCE_S
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[0]
+            if "No available agent" not in why or time.monotonic() > give_up:
+                raise WorkError(f"submit: the job server did not take the job: {why}") from error
+        log.info("the cluster is not ready to take the job yet, asking again")
+        time.sleep(LOOK_EVERY_S)
 
 
 def follow(config: PipelineConfig, job: str, write: Callable[[str], object] | None = None) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from pipeline.events import append_event
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
+from pipeline.tables import bytes_below
 from pipeline.workdir import claim_of
 from pipeline.workers import Resources, ray_session, run_units
 from stages.config import SynthesiseConfig
@@ -55,6 +57,8 @@ def run_synthesise(experiment: Experiment, plan: StagePlan) -> StageResult:
                 resources=Resources(),
                 while_waiting=lambda: progress.advance(0),
             ):
+                size = unit.path.stat().st_size + (bytes_below(unit.image_dir) if unit.image_dir is not None else 0)
+                append_event(experiment.workdir.events, "synthesise_done", unit=str(unit.path), bytes=size)
                 progress.advance(unit.hands)
     return StageResult(
         plan.todo, plan.total - plan.todo, samples_in=hands, samples_done=hands, seconds=time.monotonic() - started

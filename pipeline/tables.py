@@ -104,6 +104,8 @@ def status_text(document: Mapping[str, Any]) -> str:
     running = document["current_stage"]
     now = "nothing is running" if running is None else f"running now: {running}"
     why = [f"left out at ingest: {count} {reason}" for reason, count in document["left_out_at_ingest"].items()]
+    if left := document["undelivered_records"]:
+        why.append(f"{left} records are not in MLflow yet: the next run delivers them")
     head = ["stage", "done", "total", "stale", "quarantined", "last error"]
     return "\n".join([table(head, rows), *why, now])
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import ClusterConfig
-from pipeline.events import append_event
+from pipeline.events import append_event, told
 from pipeline.job_code import check_job_code
 from pipeline.workdir import Claim
-from pipeline.workers import POLL_S, cluster_size, get, is_death
+from pipeline.workers import POLL_S, at_work, cluster_size, get, is_death
 from stages.answers import Forward
 from stages.config import WorkersConfig
 from stages.preparation import PreparedBatch, ShardJob, prepared_batches
@@ -81,6 +81,10 @@ class TeacherActor:
 
     def work(self, work: Work, job: ShardJob, following: ShardJob | None) -> Any:
         """Do one job; begin to decode the following one meanwhile."""
+        with at_work(job.events, job.told, "teach"):
+            return self._work(work, replace(job, told={**job.told, **told()}), following)
+
+    def _work(self, work: Work, job: ShardJob, following: ShardJob | None) -> Any:
         import torch
 
         self._start(job)
@@ -145,7 +149,8 @@ def _decode(job: ShardJob) -> Any:
 def prepared_batches_of_job(job: ShardJob) -> Iterator[PreparedBatch]:
     """`prepared_batches`, in a worker of its own: one that holds no claim, whose code is therefore looked at here."""
     check_job_code()
-    yield from prepared_batches(job)
+    with at_work(job.events, job.told, "decode"):
+        yield from prepared_batches(job)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from pipeline.calibrating import calibrate, calibration_views
 from pipeline.calibrations import calibration_folder, fitted_codec
 from pipeline.changes import by_change, cache_changes
 from pipeline.config import Role
-from pipeline.events import append_event
+from pipeline.events import append_event, told
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import views_progress
@@ -267,6 +267,7 @@ def _jobs(experiment: Experiment, state: CacheState) -> Iterator[ShardJob]:
                 cache_root=state.root,
                 base=experiment.base,
                 events=experiment.workdir.events,
+                told=told(),
             )
 
 

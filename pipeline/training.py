@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline.caches import CacheState, cache_state
 from pipeline.changes import by_change, student_changes
 from pipeline.digests import digest_of
-from pipeline.events import EventTail, append_event
+from pipeline.events import EventTail, append_event, told
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
+from pipeline.tables import bytes_below
 from pipeline.workdir import Claim, claim_of
 from pipeline.workers import Resources, network_resources, ray_session, run_units
 from storage.durable import canonical_json, write_bytes_atomic
@@ -167,7 +168,7 @@ class _Reporter:
 
     def on_start(self, params: Mapping[str, Any]) -> None:
         self._run.params(params)
-        append_event(self._unit.events, "train_started", unit=self._unit.label, run=self._run.run_id)
+        append_event(self._unit.events, "train_started", unit=self._unit.label, mlflow_run=self._run.run_id)
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.metrics(metrics, step, once=f"step/{step}")
@@ -187,6 +188,7 @@ class _Reporter:
             "train_done",
             unit=self._unit.label,
             step=result.steps,
+            bytes=bytes_below(result.student),
             teacher_imported="models.teacher" in sys.modules,
         )
 
@@ -218,7 +220,7 @@ def train_unit(unit: TrainUnit) -> TrainResult:
 def _train_together(unit: TrainUnit) -> TrainResult:
     from pipeline.training_group import GroupWork, train_together
 
-    work = GroupWork(unit.job, unit.label, unit.claim, unit.events, partial(_reporting, unit), unit.threads)
+    work = GroupWork(unit.job, unit.label, unit.claim, unit.events, partial(_reporting, unit), unit.threads, told())
     loopback = unit.cluster.address == "local"
     return train_together(work, unit.resources, max_retries=unit.cluster.max_retries, loopback=loopback)
 
@@ -247,7 +249,7 @@ def run_train(experiment: Experiment, plan: StagePlan) -> StageResult:
 
 
 def _train(experiment: Experiment, states: list[StudentState]) -> None:
-    from pipeline.delivery import deliver_leftovers, warn_of_refused
+    from pipeline.delivery import warn_of_refused
     from pipeline.run_log import pipeline_run
     from pipeline.tracking import tracking_target
 
@@ -273,7 +275,6 @@ def _train(experiment: Experiment, states: list[StudentState]) -> None:
         ):
             _follow(tail, steps, progress)
             warn_of_refused(unit.run.folder)
-    deliver_leftovers(experiment.workdir, target)
 
 
 def _follow(tail: EventTail, steps: dict[str, int], progress: StageProgress) -> None:

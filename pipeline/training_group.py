@@ -14,12 +14,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.callback import UserCallback
@@ -30,10 +30,13 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from pipeline.events import append_event
 from pipeline.sharing import only_one
 from pipeline.workdir import Claim
-from pipeline.workers import OUR_ERRORS, POLL_S, Resources
+from pipeline.workers import OUR_ERRORS, POLL_S, Resources, at_work
 from storage.durable import remove_tree
 from storage.errors import WorkError
 from trainer.job import Callbacks, TrainJob, TrainResult, read_result
+
+if TYPE_CHECKING:
+    from trainer.distributed import Group
 
 RAY_FOLDER = "ray-train"
 """In the student's folder while it trains: Ray Train wants a folder that all nodes see."""
@@ -54,6 +57,8 @@ class GroupWork:
     reporting: Callable[[], AbstractContextManager[Callbacks]]
     """Around the training of the first worker: whom it tells what happens."""
     threads: int | None
+    says: Mapping[str, Any] = field(default_factory=dict)
+    """What the workers' events say of the run."""
 
 
 def train_together(work: GroupWork, each: Resources, *, max_retries: int, loopback: bool) -> TrainResult:
@@ -104,11 +109,17 @@ def _train(work: GroupWork) -> None:
     if work.threads is not None:
         torch.set_num_threads(work.threads)
     group = Group.joined()
-    with work.claim.held(), only_one(work.job.out_dir / LOCK) if group.leads else nullcontext():
+    with at_work(work.events, work.says, "train_worker"), _one_of(work, group):
         append_event(work.events, "train_worker", unit=work.label, rank=group.rank, workers=group.size)
         group.wait()
         with work.reporting() if group.leads else nullcontext() as callbacks:
             train(work.job, callbacks, group, _STOP)
+
+
+@contextmanager
+def _one_of(work: GroupWork, group: Group) -> Iterator[None]:
+    with work.claim.held(), only_one(work.job.out_dir / LOCK) if group.leads else nullcontext():
+        yield
 
 
 class _Stops(UserCallback):

@@ -79,6 +79,16 @@ class Workdir:
         return self.root / "logs" / "events.jsonl"
 
     @property
+    def summary(self) -> Path:
+        """What the last run did and cost; `pipeline.summary`."""
+        return self.root / "summary.json"
+
+    @property
+    def summaries(self) -> Path:
+        """The same of every run, named by when it began."""
+        return self.root / "summaries"
+
+    @property
     def references(self) -> Path:
         """What each pipeline file with this workdir refers to; `pipeline.references`."""
         return self.root / "references"
@@ -169,6 +179,14 @@ def _holder() -> dict[str, str | int]:
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": secrets.token_hex(8),
     }
+
+
+def run_of(workdir: Workdir) -> str | None:
+    """The name of the run that has the workdir, or had it last."""
+    try:
+        return str(json.loads(_said_by_holder(workdir))["run"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def holder_sentence(said: str) -> str:

@@ -8,14 +8,18 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.config import ClusterConfig
+from pipeline.events import telling, told
+from pipeline.usage import metered
 from pipeline.workdir import Claim
 from storage.errors import DamageError, InputError, WorkError
 from trainer.config import StudentWorkers
@@ -24,6 +28,7 @@ Unit = TypeVar("Unit")
 log = logging.getLogger("handstill")
 
 POLL_S = 0.5
+NODE_DIGITS = 12
 OUR_ERRORS = (InputError, DamageError, WorkError)
 
 
@@ -131,7 +136,7 @@ def run_units(
     import ray
 
     options: dict[str, Any] = {"max_retries": cluster.max_retries} | ({"max_calls": 1} if fresh_process else {})
-    task: Any = ray.remote(**options)(_claimed(function, claim))
+    task: Any = ray.remote(**options)(_claimed(function, claim, told()))
     waiting = list(units)
     running: dict[Any, Unit] = {}
     takes = resources if callable(resources) else lambda _unit: resources
@@ -163,13 +168,37 @@ def _has_room(available: Mapping[str, float], taken: Sequence[Resources], wanted
     )
 
 
-def _claimed(function: Callable[[Unit], Any], claim: Claim) -> Callable[[Unit], Any]:
+def _claimed(function: Callable[[Unit], Any], claim: Claim, says: Mapping[str, Any]) -> Callable[[Unit], Any]:
+    """says: what the events of its process say of the run."""
+
     @wraps(function)
     def work(unit: Unit) -> Any:
-        with claim.held():
+        with at_work(claim.workdir.events, says, function.__name__), claim.held():
             return function(unit)
 
     return work
+
+
+@contextmanager
+def at_work(events: Path | None, says: Mapping[str, Any], what: str) -> Iterator[None]:
+    """Around what a worker does: its events say which run and stage it is, and on which node, and what it costs.
+
+    what: which kind of work.
+    """
+    import ray
+
+    held = ray.get_runtime_context().get_assigned_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+    with telling(**{**says, "node": this_node()}), metered(events, what, gpus=float(held.get("GPU", 0.0))):
+        yield
+
+
+def this_node() -> str:
+    """The name of the machine, and Ray's of the node on it: a machine may have several."""
+    import ray
+
+    if not ray.is_initialized():
+        return socket.gethostname()
+    return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:NODE_DIGITS]}"
 
 
 def get(reference: Any) -> Any:

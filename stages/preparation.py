@@ -8,7 +8,7 @@ and decoded again before anyone sees it, so that teacher and students look at th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -89,6 +89,8 @@ class ShardJob:
     """Relative sources start here: the configuration file's folder."""
     events: Path | None = None
     """A file that gets one line of JSON when the shard is begun and one when it is committed; no output."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What these lines say besides: which run and stage, where."""
 
     @property
     def sample_ids(self) -> list[str]:

@@ -151,7 +151,7 @@ def publish_shard(job: ShardJob, written: WrittenShard) -> ShardRecord:
         folder.record(record)
     else:  # another attempt was faster: record what it published, whose last bits may be another machine's
         record = folder.adopt_shard(job.input_hash)
-    _note(job, "shard_committed")
+    _note(job, "shard_committed", bytes=record.bytes)
     return record
 
 
@@ -175,12 +175,12 @@ def _header(job: ShardJob, left_out: Iterable[Quarantined], provenance: Mapping[
     return ShardHeader(job.input_hash, job.dataset, job.settings.role, len(ids), ordered, provenance)
 
 
-def _note(job: ShardJob, event: str) -> None:
+def _note(job: ShardJob, event: str, **facts: int) -> None:
     """One line in the events file, whole whoever else writes to it."""
     if job.events is None:
         return
     fields = {"event": event, "unit": job.input_hash, "dataset": job.dataset, "pid": os.getpid()}
-    line = json.dumps({"time": round(time.time(), 3), **fields})
+    line = json.dumps({"time": round(time.time(), 3), **fields, **job.told, **facts})
     descriptor = os.open(job.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, (line + "\n").encode())

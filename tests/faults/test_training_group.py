@@ -122,7 +122,7 @@ class Disturbance:
         """And after how many events of this student."""
 
     def __call__(self) -> None:
-        self.seen += [event for event in self._tail.new() if event["unit"] == self._label]
+        self.seen += [event for event in self._tail.new() if event.get("unit") == self._label]
         workers = {event["rank"]: event["pid"] for event in self.seen if event["event"] == "train_worker"}
         steps = [event["step"] for event in self.seen if event["event"] == "train_step"]
         starts = sum(event["event"] == "train_started" for event in self.seen)
@@ -152,7 +152,7 @@ class Story:
     disturbance: Disturbance
 
     def of(self, label: str, event: str) -> list[Event]:
-        return [item for item in self.events if item["unit"] == label and item["event"] == event]
+        return [item for item in self.events if item.get("unit") == label and item["event"] == event]
 
 
 @pytest.fixture(scope="module")

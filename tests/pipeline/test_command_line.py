@@ -44,7 +44,7 @@ VERBS = {
         "--focal-px",
         "--mesh",
     },
-    "clean": {"--stale", "--yes"},
+    "clean": {"--stale", "--yes", "--dry-run"},
 }
 """The command line that people's scripts are written against. Add to it; what is here stays."""
 STAGES = ["ingest", "teach", "train", "evaluate", "compare"]
