@@ -169,7 +169,7 @@ def move_labels(labels: HandLabels, cut: Crop, augmentation: Augmentation = IDEN
     """The labels in the crop's frame: 2D in crop units, 3D mirrored and turned with the picture. Confidences stay."""
     turn = _turn_about_z(-augmentation.rotation_deg)
     keypoints_2d = labels.keypoints_2d.copy()
-    keypoints_2d[:, :2] = _moved(cut.affine, labels.keypoints_2d[:, :2]) / CROP_PX - 0.5
+    keypoints_2d[:, :2] = to_crop(labels.keypoints_2d[:, :2], cut.affine)
     keypoints_3d = labels.keypoints_3d.copy()
     keypoints_3d[:, :3] = (labels.keypoints_3d[:, :3] * ([-1, 1, 1] if cut.mirrored else 1)) @ turn.T
     global_orient, hand_pose = labels.global_orient, labels.hand_pose
@@ -181,6 +181,11 @@ def move_labels(labels: HandLabels, cut: Crop, augmentation: Augmentation = IDEN
 def mirror_axis_angles(rotations: Float32Array) -> Float32Array:
     """Rotations (3 * n,) of the mirrored hand: under x -> -x a rotation's axis keeps x and negates y and z."""
     return (rotations.reshape(-1, 3) * np.array([1, -1, -1], np.float32)).reshape(rotations.shape)
+
+
+def to_crop(points_px: npt.ArrayLike, affine: npt.ArrayLike) -> FloatArray:
+    """Points (..., 2) of the photograph in crop units, -0.5..0.5 inside. `affine`: (2, 3)."""
+    return _moved(np.asarray(affine, np.float64), np.asarray(points_px, np.float64)) / CROP_PX - 0.5
 
 
 def to_photo_px(points: npt.ArrayLike, affine: npt.ArrayLike) -> FloatArray:

@@ -124,7 +124,17 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder (default: in the workdir)")
     export.add_argument("--with-hand-model", action="store_true", help="joints and mesh in the graph; mind its licence")
     export.add_argument("--int8", action="store_true", help="quantise the backbone, calibrated on cached pictures")
-    verb("compare", _compare, "the students side by side, from MLflow")
+    compare = verb("compare", _compare, "the students side by side, from MLflow; exit 1 when the gate is not passed")
+    compare.add_argument(
+        "--experiment",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="other runs than the file's own: this MLflow experiment; again for more",
+    )
+    compare.add_argument("--filter", default="", metavar="TEXT", help="only students' runs that fit, in MLflow's words")
+    compare.add_argument("--tracking-uri", metavar="URI", help="of the MLflow to read (default: the file's)")
+    compare.add_argument("--out", type=Path, metavar="FOLDER", help="where such a report goes (comparison)")
     submit = verb("submit", _submit, "the same run as a Ray job on a cluster; follow its log; stop it")
     submit.add_argument("stage", nargs="?", choices=STAGE_NAMES, metavar="STAGE")
     submit.add_argument("--limit", type=int, metavar="N", help="a smoke run, as of `run`")
@@ -276,10 +286,20 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from pipeline.comparing import compare_now
+    from pipeline.comparing import CompareRequest, compare_elsewhere, compare_now
     from pipeline.experiment import open_experiment
 
-    comparison, text = compare_now(open_experiment(arguments.config))
+    named = tuple(arguments.experiment)
+    request = CompareRequest(named, arguments.filter, arguments.tracking_uri, arguments.out)
+    if request.out is not None and not request.elsewhere:
+        raise InputError(
+            "--out is for other runs than the file's own; name them: --experiment, --filter, --tracking-uri"
+        )
+    comparison, text = (
+        compare_elsewhere(arguments.config, request)
+        if request.elsewhere
+        else compare_now(open_experiment(arguments.config))
+    )
     _answer(arguments, comparison, lambda: text)
     return 0 if comparison["gate"]["passed"] else 1
 

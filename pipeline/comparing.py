@@ -1,22 +1,50 @@
-"""The compare stage: the students that the configuration names now, side by side, from MLflow."""
+"""`handstill compare`, and the compare stage: students side by side, from MLflow; a gate; the winner in the registry.
+
+The stage compares the students that the configuration names now. The command does so too, looks at the gate and
+promotes; or it compares whatever runs of whatever experiments and servers it is told, and then promotes nothing.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from pipeline.digests import digest_of
 from pipeline.evaluating import EvaluationState, evaluation_states
 from pipeline.events import append_event
 from pipeline.experiment import Experiment
+from pipeline.loading import load_config
 from pipeline.plan import Reason, StagePlan, StageResult
 from pipeline.tables import bytes_below, where_things_are
 from storage.durable import canonical_json, write_bytes_atomic
 from storage.errors import InputError
-from trainer.config import REPORT_VERSION
+from trainer.config import REPORT_VERSION, CompareConfig
+
+if TYPE_CHECKING:
+    from pipeline.tracking import TrackingTarget
+    from trainer.compare import Comparison
 
 IDENTITY = "identity.json"
 """Written last into the report's folder: what it was made from."""
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """What `handstill compare` was told on the command line; nothing: the configuration's own students."""
+
+    experiments: tuple[str, ...] = ()
+    filter: str = ""
+    tracking_uri: str | None = None
+    out: Path | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is about other runs than the configuration's own."""
+        return bool(self.experiments or self.filter or self.tracking_uri)
 
 
 def report_identity(experiment: Experiment, states: list[EvaluationState]) -> dict[str, Any] | None:
@@ -41,37 +69,130 @@ def plan_compare(experiment: Experiment) -> StagePlan:
 
 
 def run_compare(experiment: Experiment, plan: StagePlan) -> StageResult:
-    """Write the report where it is not up to date."""
+    """Write the report where it is not up to date. Nothing is promoted: that is for whoever looks at the gate."""
     started = time.monotonic()
     if plan.todo:
-        compare_now(experiment)
+        compare_now(experiment, promotes=False)
         size = bytes_below(experiment.workdir.report)
         append_event(experiment.workdir.events, "compare_done", unit="report", bytes=size)
     return StageResult(plan.todo, plan.total - plan.todo, seconds=time.monotonic() - started)
 
 
-def compare_now(experiment: Experiment) -> tuple[dict[str, Any], str]:
-    """Compare what is in MLflow, write the report; the document and the table with its places.
+def compare_now(experiment: Experiment, *, promotes: bool = True) -> tuple[dict[str, Any], str]:
+    """Compare what the configuration names, write the report, log it; the document and the text for a person.
+
+    promotes: register the winner, where the configuration says so and the gate is passed.
 
     Raises:
         InputError: a student has no scores yet.
+        WorkError: the store does not answer, or the alias was moved meanwhile.
     """
+    from pipeline.promoting import Alias, version_behind
     from pipeline.tracking import tracking_target
     from trainer.compare import compare
-    from trainer.report import write_report
+    from trainer.runs import Selection
 
     states = evaluation_states(experiment)
     identity = report_identity(experiment, states)
     if identity is None:
         waiting = ", ".join(state.label for state in states if not state.done)
         raise InputError(f"compare: no scores yet for {waiting}; run `handstill run evaluate`")
-    target = tracking_target(experiment.config.tracking, experiment.workdir)
-    digests = {state.student.digest for state in states if state.student is not None and state.student.digest}
-    comparison = compare(target.uri, target.experiment, experiment.config.compare, digests)
+    config = experiment.config
+    target = tracking_target(config.tracking, experiment.workdir)
+    selection = Selection((target.experiment,), identities=_identities(states))
+    wanted = config.compare.promote
+    alias = None if wanted is None else Alias(wanted.model or config.tracking.experiment, wanted.alias)
+    before = None if alias is None else version_behind(target, alias)
+    comparison = compare(target.uri, selection, config.compare, first_of=None if alias is None else alias.uri)
+    if promotes and alias is not None and comparison.passed:
+        _promote(comparison, target, alias, before)
     report = experiment.workdir.report
-    report.mkdir(parents=True, exist_ok=True)
-    write_report(comparison, report)
+    _write(comparison, report, target)
     write_bytes_atomic(report / IDENTITY, canonical_json(identity))
-    text = "\n".join([(report / "table.md").read_text(encoding="utf-8").rstrip(), "", *where_things_are(experiment)])
+    return _plain(comparison), _text(comparison, report, where_things_are(experiment))
+
+
+def compare_elsewhere(config_path: Path, request: CompareRequest) -> tuple[dict[str, Any], str]:
+    """Compare the runs that the request names, by the `compare` section of the configuration where there is a file.
+
+    Raises:
+        InputError: nothing says where MLflow is, or which experiments are meant; or no run is there.
+        WorkError: the store does not answer.
+    """
+    from pipeline.tracking import TrackingTarget, limit_requests
+    from trainer.compare import compare
+    from trainer.runs import Selection
+
+    target, config = _target_elsewhere(config_path, request)
+    limit_requests()
+    experiments = request.experiments or (target.experiment,)
+    comparison = compare(target.uri, Selection(tuple(dict.fromkeys(experiments)), request.filter), config)
+    out = request.out or Path("comparison")
+    _write(comparison, out, TrackingTarget(target.uri, experiments[0], target.artifacts, target.patience_s))
+    return _plain(comparison), _text(comparison, out, [f"report:        {out / 'report.html'}"])
+
+
+def _target_elsewhere(config_path: Path, request: CompareRequest) -> tuple[TrackingTarget, CompareConfig]:
+    from pipeline.experiment import open_experiment
+    from pipeline.tracking import TrackingTarget, tracking_target
+
+    if config_path.is_file():
+        experiment = open_experiment(config_path)
+        target = tracking_target(experiment.config.tracking, experiment.workdir)
+        config = experiment.config.compare
+    else:
+        uri = request.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri or not request.experiments:
+            load_config(config_path)  # says that there is no such file
+        target, config = TrackingTarget(str(uri), request.experiments[0]), CompareConfig()
+    if request.tracking_uri:
+        target = TrackingTarget(request.tracking_uri, target.experiment, None, target.patience_s)
+    return target, config.model_copy(update={"promote": None})
+
+
+def _identities(states: list[EvaluationState]) -> frozenset[str]:
+    """What the runs of the students, and of the teacher, are known by."""
+    return frozenset(s.digest if s.student is None else s.student.digest or "" for s in states)
+
+
+def _promote(comparison: Comparison, target: TrackingTarget, alias: Any, before: str | None) -> None:
+    from pipeline.promoting import promote
+
+    gate = comparison.document["gate"]
+    if gate["winner"] is None:
+        sentence = "No single seed passes the gate by itself, only their mean does: nothing was registered."
+        gate["promoted"] = {"model": alias.model, "alias": alias.alias, "version": None, "sentence": sentence}
+    else:
+        gate["promoted"] = promote(target, alias, gate["winner"], before)
+    gate["sentences"].append(gate["promoted"]["sentence"])
+
+
+def _write(comparison: Comparison, folder: Path, target: TrackingTarget) -> None:
+    """The report's files, and a run of MLflow that has them: one a comparison, however often it is made."""
+    from pipeline.run_log import log_files
+    from trainer.report import COMPARISON_JSON, TABLE_MD, write_report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / IDENTITY).unlink(missing_ok=True)
+    files = write_report(comparison, folder)
+    document = comparison.document
+    identity = digest_of(json.loads((folder / COMPARISON_JSON).read_text(encoding="utf-8")))
+    tags = {
+        "handstill.kind": "comparison",
+        "handstill.identity": identity,
+        "mlflow.note.content": (folder / TABLE_MD).read_text(encoding="utf-8"),
+    }
+    values = {"gate/passed": float(comparison.passed)} if document["gate"]["checks"] else {}
+    log_files(target, f"comparison of {len(document['by_student'])} students", identity, tags, values, files)
+
+
+def _plain(comparison: Comparison) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(json.dumps(comparison.document))
-    return document, text
+    return document
+
+
+def _text(comparison: Comparison, folder: Path, places: list[str]) -> str:
+    table = (folder / "table.md").read_text(encoding="utf-8").rstrip()
+    gate = comparison.document["gate"]
+    verdict = f"\ngate: {'passed' if gate['passed'] else 'FAILED'}" if gate["checks"] else ""
+    return "\n".join([table + verdict, "", *places])

@@ -166,6 +166,14 @@ def disagreements(document: Mapping[str, Any]) -> list[str]:
         for name in _names(gate.get("students"))
         if name not in students
     ]
+    baseline = gate.get("baseline")
+    if isinstance(baseline, str) and not baseline.startswith("models:/") and baseline not in students:
+        wrong.append(f"compare.gate.baseline: no student is named {baseline!r}{did_you_mean(baseline, students)}")
+    if (
+        _mapping(document.get("compare")).get("promote")
+        and _mapping(document.get("tracking")).get("register_models") is False
+    ):
+        wrong.append("compare.promote: the winner's model is what is registered, and tracking.register_models is false")
     if document.get("students") == {}:
         wrong.append("students: names no student; want at least one")
     return [*wrong, *_unserved_students(document), *_unequal_shares(document)]

@@ -18,6 +18,7 @@ from pipeline.events import append_event
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
+from pipeline.reproduction import PIPELINE_YAML, keep_configuration
 from pipeline.tables import bytes_below
 from pipeline.training import StudentState, student_states
 from pipeline.workdir import claim_of
@@ -141,6 +142,7 @@ class EvaluateUnit:
     identity: str
     batch_size: int
     latency: LatencyConfig
+    log_cases: bool
     target: TrackingTarget
     run_folder: Path
     """Where a student's training left the spool of its MLflow run."""
@@ -191,7 +193,7 @@ def _score(unit: EvaluateUnit) -> EvaluationResult:
 
 def _log(unit: EvaluateUnit, result: EvaluationResult) -> str:
     from pipeline.run_log import StudentRun
-    from trainer.evaluate import EVALUATION, SAMPLES
+    from trainer.evaluate import CASES, EVALUATION, SAMPLES
 
     values = {f"{name}/{key}": value for name, scores in result.metrics.items() for key, value in scores.items()}
     values |= {
@@ -210,8 +212,11 @@ def _log(unit: EvaluateUnit, result: EvaluationResult) -> str:
     run = StudentRun(unit.target, None, unit.label, unit.tags, unit.inputs, unit.run_folder).open()
     run.metrics(values, once=f"evaluation/{measured}")
     run.artifact(unit.out_dir / EVALUATION, "evaluation")
+    if unit.student is None:
+        run.artifact(unit.out_dir / PIPELINE_YAML, "configuration", once="configuration")
     for each in unit.sets:  # not pred.json: hundreds of megabytes on the real sets
-        run.artifact(unit.out_dir / each.dataset / SAMPLES, f"evaluation/{each.dataset}")
+        for table in (SAMPLES, CASES) if unit.log_cases else (SAMPLES,):
+            run.artifact(unit.out_dir / each.dataset / table, f"evaluation/{each.dataset}")
     left, run_id = run.close("FINISHED"), run.run_id
     if left or run_id is None:
         raise WorkError(
@@ -267,9 +272,11 @@ def _unit(experiment: Experiment, cache: CacheState, state: EvaluationState) -> 
         identity=state.digest,
         batch_size=config.evaluate.batch_size,
         latency=config.evaluate.latency,
+        log_cases=config.evaluate.log_cases,
         target=tracking_target(config.tracking, experiment.workdir),
         run_folder=state.folder if student is None else student.folder,
-        tags={"handstill.kind": "teacher", "handstill.identity": state.digest} if student is None else student.tags(),
+        tags=keep_configuration(experiment, state.folder)
+        | ({"handstill.kind": "teacher", "handstill.identity": state.digest} if student is None else student.tags()),
         inputs=tuple(
             CacheInput(name, str(cache.root), cache.fingerprint, digest, "evaluation")
             for name, digest in digests.items()

@@ -71,12 +71,23 @@ def _model_of_run(client: MlflowClient, experiment_id: str, run_id: str, request
     return client.create_logged_model(experiment_id, request.name, run_id, request.tags)
 
 
-def _register(client: MlflowClient, model: LoggedModel, run_id: str, request: ModelRequest) -> None:
+def model_of_run(client: MlflowClient, experiment_id: str, run_id: str) -> LoggedModel | None:
+    """The finished model of a run; None where it has none."""
+    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    return next((model for model in found if model.status == LoggedModelStatus.READY), None)
+
+
+def make_registered_model(client: MlflowClient, name: str) -> None:
+    """Make a registered model, unless it is there."""
     try:
-        client.create_registered_model(request.registered)
+        client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _register(client: MlflowClient, model: LoggedModel, run_id: str, request: ModelRequest) -> None:
+    make_registered_model(client, request.registered)
     identity = request.tags[IDENTITY]
     if client.search_model_versions(f"name = '{request.registered}' and tags.`{IDENTITY}` = '{identity}'"):
         return

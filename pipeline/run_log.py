@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -186,8 +187,43 @@ class StudentRun:
         return run
 
 
-def _open(spool: Spool, target: TrackingTarget, name: str, tags: Mapping[str, str], parent: str | None) -> RunLog:
-    fields = {"name": name, "spool": secrets.token_hex(8), "parent": parent, "tags": {**provenance_tags(), **tags}}
+def log_files(
+    target: TrackingTarget,
+    name: str,
+    identity: str,
+    tags: Mapping[str, str],
+    values: Mapping[str, float],
+    files: Sequence[Path],
+) -> str | None:
+    """Have a run of this identity with some values and files, once however often it is called; its id. None, and a
+    warning, where the store does not take it in time: the files stay where they are.
+
+    files: those of one folder, which is the first one's; what lies deeper keeps its folder's name.
+    """
+    root = files[0].parent
+    with tempfile.TemporaryDirectory() as spool:
+        run = _open(Spool(Path(spool)), target, name, tags, None, identity)
+        run.metrics(values)
+        for file in files:
+            run.artifact(file, None if file.parent == root else str(file.parent.relative_to(root)))
+        left, run_id = run.close("FINISHED"), run.run_id
+        if left or run_id is None:
+            log.warning("tracking.uri: %s did not take %s; its files are in %s", target.uri, name, root)
+            return None
+        return run_id
+
+
+def _open(
+    spool: Spool,
+    target: TrackingTarget,
+    name: str,
+    tags: Mapping[str, str],
+    parent: str | None,
+    identity: str | None = None,
+) -> RunLog:
+    """identity: a run that the store has by that name is gone on with; None: it is a new one."""
+    name_of_spool = identity or secrets.token_hex(8)
+    fields = {"name": name, "spool": name_of_spool, "parent": parent, "tags": {**provenance_tags(), **tags}}
     begins = spool.append("start", once="start", **fields)
     run = RunLog(spool, target)
     if not begins:

@@ -18,6 +18,7 @@ from pipeline.events import EventTail, append_event, told
 from pipeline.experiment import Experiment
 from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import StageProgress
+from pipeline.reproduction import PIPELINE_YAML, keep_configuration
 from pipeline.tables import bytes_below
 from pipeline.workdir import Claim, claim_of
 from pipeline.workers import Resources, network_resources, ray_session, run_units
@@ -168,6 +169,7 @@ class _Reporter:
 
     def on_start(self, params: Mapping[str, Any]) -> None:
         self._run.params(params)
+        self._run.artifact(self._unit.run.folder / PIPELINE_YAML, "configuration", once="configuration")
         append_event(self._unit.events, "train_started", unit=self._unit.label, mlflow_run=self._run.run_id)
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -321,7 +323,7 @@ def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent
         target=tracking_target(experiment.config.tracking, experiment.workdir),
         parent=parent,
         name=state.label,
-        tags=state.tags(),
+        tags=state.tags() | keep_configuration(experiment, folder),
         inputs=inputs,
         folder=folder,
     )

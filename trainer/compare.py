@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from storage.errors import InputError
-from trainer.config import METRICS, CompareConfig, GateConfig, MetricName
-from trainer.runs import Runs, Scores, StudentRun
+from trainer.breakdown import by_difficulty, by_joint
+from trainer.config import METRICS, CompareConfig, MetricName
+from trainer.gate import Judge, better, find_baseline, gate_document
+from trainer.origins import cost, machines, origin
+from trainer.pairing import Group, all_pairs, budget_differences, recipe_differences, same_truth
+from trainer.runs import Runs, Scores, Selection, StudentRun, by_name, datasets_of
+from trainer.showcase import Case, find_cases
 
 CURVE = "validation/pa_mpjpe_mm"
-PAIRED_METRICS = ("pa_mpjpe_mm", "pa_mpvpe_mm", "error_2d_share")
-"""What is compared sample by sample: the first of these that the samples tables of a data set hold."""
+TEACHER = "teacher"
 
 Document = dict[str, Any]
 
@@ -26,10 +28,12 @@ class Comparison:
     """`document` is what `handstill compare --json` prints; the rest is for the report."""
 
     document: Document
-    curves: dict[str, list[tuple[int, float]]]
-    """Student and seed -> validation error by step."""
+    curves: dict[str, dict[int | None, list[tuple[int, float]]]]
+    """Student -> seed -> validation error by step."""
     pictures: dict[str, bytes]
-    """Student and seed -> PNG."""
+    """Student and seed -> PNG of its answers while it learned."""
+    cases: dict[str, list[Case]] = field(default_factory=dict)
+    """Data set -> the samples that the students answered worst and best."""
 
     @property
     def passed(self) -> bool:
@@ -37,39 +41,52 @@ class Comparison:
 
 
 def compare(
-    tracking_uri: str,
-    experiment: str,
-    config: CompareConfig | None = None,
-    identities: Collection[str] | None = None,
+    tracking_uri: str, selection: Selection, config: CompareConfig | None = None, *, first_of: str | None = None
 ) -> Comparison:
-    """Read the experiment's finished runs from MLflow and compare them.
+    """Read the selected finished runs from MLflow and compare them.
 
-    identities: count only students of these identities (those of the configuration as it is now); None: the last run
-    of each name and seed. InputError when there is none, or when the gate names what is not there.
+    first_of: `models:/<name>@<alias>` of the winners, which as the gate's baseline may not be there yet.
+
+    Raises:
+        InputError: no student is there, or the gate names what is not there.
+        WorkError: the store cannot be read.
     """
-    config, runs = config or CompareConfig(), Runs(tracking_uri, experiment)
-    students, teacher = runs.students(identities), runs.teacher()
+    config, runs = config or CompareConfig(), Runs(tracking_uri, selection)
+    students, teachers = runs.students(), runs.teachers()
+    title = ", ".join(selection.experiments)
     if not students:
-        raise InputError(f"experiment {experiment!r} has no finished student to compare; run `handstill run` first")
+        which = f" that {selection.filter!r} fits" if selection.filter else ""
+        raise InputError(f"experiment {title!r} has no finished student{which} to compare; run `handstill run` first")
+    groups, teacher = by_name(students), next(iter(teachers.values()), None)
+    everyone: dict[str, Group] = {**groups, **({TEACHER: [teacher]} if teacher is not None else {})}
+    datasets = datasets_of(students)
+    summary = _by_student(groups)
     document: Document = {
-        "experiment": experiment,
+        "experiment": title,
+        "filter": selection.filter,
+        "tracking_uri": tracking_uri,
         "teacher": _teacher(teacher),
-        "students": [_student(run) for run in students],
-        "by_student": (groups := _by_student(students)),
-        "paired": _paired(runs, students, teacher, config.bootstrap),
+        "students": [_student(runs, name, run) for name, group in groups.items() for run in group],
+        "by_student": summary,
+        "paired": all_pairs(runs, groups, teachers, config.bootstrap),
+        "by_joint": [each for d in datasets if (each := by_joint(runs, everyone, d)) is not None],
+        "by_difficulty": [each for d in datasets for each in by_difficulty(runs, everyone, teacher, d)],
+        "notes": _notes(groups, teachers, datasets),
     }
-    document["pareto"] = _pareto(groups, document["teacher"])
-    document["gate"] = _gate(config.gate, groups, document["teacher"])
+    document["machines"] = machines([runs.evaluation(run) for run in (*students, *teachers.values())])
+    document["pareto"] = pareto(summary, document["teacher"])
+    document["gate"] = _gate(config, runs, groups, teacher, first_of)
     return Comparison(
         document,
-        curves={_label(run): runs.curve(run, CURVE) for run in students},
-        pictures={_label(run): png for run in students if (png := runs.picture(run)) is not None},
+        curves={name: {run.seed: runs.curve(run, CURVE) for run in group} for name, group in groups.items()},
+        pictures={
+            label(name, run): png
+            for name, group in groups.items()
+            for run in group
+            if (png := runs.picture(run)) is not None
+        },
+        cases={dataset: find_cases(runs, everyone, dataset, config.cases) for dataset in datasets},
     )
-
-
-def better(metric: str, a: float, b: float) -> bool:
-    """Whether a is better than b: errors in mm are small, scores large."""
-    return a < b if metric.endswith("_mm") else a > b
 
 
 def headline(dataset: str, groups: Sequence[Document]) -> MetricName | None:
@@ -77,9 +94,9 @@ def headline(dataset: str, groups: Sequence[Document]) -> MetricName | None:
     return next((m for m in METRICS if any(m in g["metrics"].get(dataset, {}) for g in groups)), None)
 
 
-def _pareto(groups: Sequence[Document], teacher: Document) -> dict[str, list[str]]:
+def pareto(groups: Sequence[Document], teacher: Document) -> dict[str, list[str]]:
     """By data set: those, the teacher among them, that nobody beats in speed and in the headline metric at once."""
-    everyone = [{**teacher, "name": "teacher"}, *groups]
+    everyone = [{**teacher, "name": TEACHER}, *groups]
     found: dict[str, list[str]] = {}
     for dataset in sorted({dataset for each in groups for dataset in each["metrics"]}):
         metric = headline(dataset, groups)
@@ -96,20 +113,9 @@ def _pareto(groups: Sequence[Document], teacher: Document) -> dict[str, list[str
     return found
 
 
-def paired_difference(a: NDArray[Any], b: NDArray[Any], resamplings: int) -> tuple[float, float, float]:
-    """Mean of a - b over the samples where both are known, and the bounds of its 95% bootstrap interval."""
-    known = np.isfinite(a) & np.isfinite(b)
-    difference = (a - b)[known]
-    if not len(difference):
-        return math.nan, math.nan, math.nan
-    rng = np.random.default_rng(0)
-    means = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(resamplings)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
-
-
-def _label(run: StudentRun) -> str:
-    return f"{run.name} (seed {run.seed})"
+def label(name: str, run: StudentRun) -> str:
+    """A student and its seed, for a person."""
+    return f"{name} (seed {run.seed})"
 
 
 def _teacher(run: StudentRun | None) -> Document:
@@ -122,12 +128,14 @@ def _teacher(run: StudentRun | None) -> Document:
         "latency_ms": run.latency_ms,
         "fps": run.fps,
         "run_id": run.run_id,
+        "gflop": run.numbers.get("gflop"),
+        "peak_memory_mb": run.numbers.get("peak_memory_mb"),
     }
 
 
-def _student(run: StudentRun) -> Document:
+def _student(runs: Runs, name: str, run: StudentRun) -> Document:
     return {
-        "name": run.name,
+        "name": name,
         "seed": run.seed,
         "run_id": run.run_id,
         "backbone": run.backbone,
@@ -138,14 +146,22 @@ def _student(run: StudentRun) -> Document:
         "metrics": run.metrics,
         "latency_ms": run.latency_ms,
         "fps": run.fps,
+        "gflop": run.numbers.get("gflop"),
+        "peak_memory_mb": run.numbers.get("peak_memory_mb"),
+        "whole_path_ms": run.numbers.get("latency_whole_path_ms"),
+        "steps": _whole(run.params.get("steps")),
+        "batch_size": _whole(run.params.get("batch_size")),
+        "cost": cost(runs, run),
+        "origin": origin(run),
     }
 
 
-def _by_student(students: Sequence[StudentRun]) -> list[Document]:
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdigit() else None
+
+
+def _by_student(groups: Mapping[str, Group]) -> list[Document]:
     """Means and standard deviations over seeds."""
-    groups: dict[str, list[StudentRun]] = {}
-    for run in students:
-        groups.setdefault(run.name, []).append(run)
     return [
         {
             "name": name,
@@ -164,10 +180,8 @@ def _by_student(students: Sequence[StudentRun]) -> list[Document]:
 def _over_seeds(
     scores: Sequence[Scores], reduce: Callable[[Sequence[float]], float | None]
 ) -> dict[str, dict[str, float | None]]:
-    return {
-        dataset: {m: reduce([s[dataset][m] for s in scores if m in s.get(dataset, {})]) for m in scores[0][dataset]}
-        for dataset in scores[0]
-    }
+    names = {d: [m for m in METRICS if any(m in s.get(d, {}) for s in scores)] for d in sorted(set().union(*scores))}
+    return {d: {m: reduce([s[d][m] for s in scores if m in s.get(d, {})]) for m in names[d]} for d in names}
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -178,108 +192,33 @@ def _std(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _paired(runs: Runs, students: Sequence[StudentRun], teacher: StudentRun | None, resamplings: int) -> list[Document]:
-    """Each student against the plain one of its backbone, and against the teacher, on the same samples."""
+def _notes(groups: Mapping[str, Group], teachers: Mapping[str, StudentRun], datasets: Sequence[str]) -> list[str]:
+    """What a reader must know before believing that two rows are about the same thing."""
     found = []
-    for dataset in sorted({dataset for run in students for dataset in run.metrics}):
-        tables = {run.run_id: runs.sample_errors(run, dataset) for run in [*students, *([teacher] if teacher else [])]}
-        errors = {run_id: columns for run_id, table in tables.items() if (columns := _errors(table)) is not None}
-        by_name = {run.name: [r for r in students if r.name == run.name and r.run_id in errors] for run in students}
-        for name, group in by_name.items():
-            for baseline in _baselines(group, by_name, teacher):
-                if all(run.run_id in errors for run in baseline):
-                    sides = [[errors[run.run_id] for run in side] for side in (group, baseline)]
-                    found.append(_difference(name, baseline[0], dataset, sides, resamplings))
+    for name, group in groups.items():
+        first, others = [group[0]], [[run] for run in group[1:]]
+        mixed = sorted(
+            {d for other in others for d in (*budget_differences(first, other), *recipe_differences(first, other))}
+        )
+        if mixed:
+            found.append(f"The seeds of {name} were not trained alike: {'; '.join(mixed)}.")
+    everyone = [run for group in groups.values() for run in group] + list(teachers.values())
+    found += [
+        f"Not all were scored on the same snapshot of {dataset}; pairs count the samples that both have."
+        for dataset in datasets
+        if not same_truth(everyone, dataset)
+    ]
+    if len({run.identity for run in teachers.values()}) > 1:
+        found.append("The experiments have different teachers' scores; each student is held against its own.")
     return found
 
 
-def _baselines(
-    group: Sequence[StudentRun], by_name: Mapping[str, Sequence[StudentRun]], teacher: StudentRun | None
-) -> list[Sequence[StudentRun]]:
-    if not group:
-        return []
-    run = group[0]
-    plain = [
-        other
-        for other in by_name.values()
-        if other
-        and (other[0].strategy, other[0].backbone, other[0].params.get("head"))
-        == ("none", run.backbone, run.params.get("head"))
-    ]
-    against: list[Sequence[StudentRun]] = plain if run.strategy != "none" else []
-    return against + ([[teacher]] if teacher is not None else [])
-
-
-@dataclass(frozen=True)
-class _Errors:
-    metric: str
-    by_id: dict[str, float]
-
-
-def _errors(table: Mapping[str, NDArray[Any]] | None) -> _Errors | None:
-    for metric in PAIRED_METRICS:
-        if table is not None and metric in table and np.isfinite(table[metric]).any():
-            return _Errors(metric, dict(zip(table["sample_id"].tolist(), table[metric].tolist(), strict=True)))
-    return None
-
-
-def _difference(
-    name: str, baseline: StudentRun, dataset: str, sides: list[list[_Errors]], resamplings: int
+def _gate(
+    config: CompareConfig, runs: Runs, groups: Mapping[str, Group], teacher: StudentRun | None, first_of: str | None
 ) -> Document:
-    """Joined by sample id; each side is the mean over its seeds."""
-    ids = sorted(set.intersection(*(set(each.by_id) for side in sides for each in side)))
-    means = [np.mean([[each.by_id[i] for i in ids] for each in side], axis=0) for side in sides]
-    difference, low, high = paired_difference(means[0], means[1], resamplings)
-    return {
-        "student": name,
-        "baseline": baseline.name,
-        "dataset": dataset,
-        "metric": sides[0][0].metric,
-        "difference": _finite(difference),
-        "low": _finite(low),
-        "high": _finite(high),
-        "samples": len(ids),
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _gate(gate: GateConfig | None, groups: Sequence[Document], teacher: Document) -> Document:
+    gate = config.gate
     if gate is None:
-        return {"passed": True, "checks": []}
-    scores = {g["name"]: g["metrics"].get(gate.dataset, {}).get(gate.metric) for g in groups}
-    known = {name: value for name, value in scores.items() if value is not None}
-    missing = sorted(set(gate.students or []) - known.keys())
-    if missing or not known:
-        raise InputError(
-            f"compare.gate: {', '.join(missing) or 'no student'} has no {gate.metric} on {gate.dataset}; "
-            f"students that have: {', '.join(sorted(known)) or 'none'}"
-        )
-    best = min(known, key=lambda name: known[name] if gate.metric.endswith("_mm") else -known[name])
-    checks = [
-        {"student": name, "what": what, "value": known[name], "limit": limit, "passed": holds}
-        for name in gate.students or [best]
-        for what, limit, or_equal in _limits(gate, teacher)
-        for holds in [better(gate.metric, known[name], limit) or (or_equal and known[name] == limit)]
-    ]
-    passed = all(check["passed"] for check in checks)
-    return {"passed": passed, "metric": gate.metric, "dataset": gate.dataset, "checks": checks}
-
-
-def _limits(gate: GateConfig, teacher: Document) -> list[tuple[str, float, bool]]:
-    """Name, value, and whether being equal to it is good enough, of each limit that the gate sets."""
-
-    def of_teacher(what: str, scores: Scores) -> float:
-        value = scores.get(gate.dataset, {}).get(gate.metric)
-        if value is None:
-            raise InputError(f"compare.gate.{what}: the teacher's run has no {gate.metric} on {gate.dataset}")
-        return value
-
-    limits = [] if gate.limit is None else [("limit", gate.limit, True)]
-    if gate.teacher_ratio is not None:
-        limits.append(("teacher_ratio", gate.teacher_ratio * of_teacher("teacher_ratio", teacher["metrics"]), True))
-    if gate.better_than_mean_pose:
-        limits.append(("better_than_mean_pose", of_teacher("better_than_mean_pose", teacher["mean_pose"]), False))
-    return limits
+        return {"passed": True, "checks": [], "sentences": []}
+    baseline = find_baseline(gate, runs, groups, first_of)
+    metrics, mean_pose = ({}, {}) if teacher is None else (teacher.metrics, teacher.mean_pose)
+    return gate_document(Judge(gate, runs, metrics, mean_pose, baseline, config.bootstrap), groups)

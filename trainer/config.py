@@ -11,9 +11,9 @@ from storage.config import FeatureGrid, Section
 
 TRAINING_VERSION = 1
 """Part of every student's identity: raise it when the same recipe on the same snapshot would learn differently."""
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 """Part of every evaluation's identity: raise it when the same answers would score differently."""
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 """Raise it when the same scores would be shown differently."""
 
 
@@ -326,6 +326,8 @@ class EvaluateConfig(Section):
     on: Once[str] = Field(min_length=1)
     batch_size: int = Field(default=32, ge=1)
     latency: LatencyConfig = LatencyConfig()
+    log_cases: bool = True
+    """Whether MLflow gets the pictures of the samples that a network answered best and worst, for the report."""
 
 
 MetricName = Literal[
@@ -333,6 +335,12 @@ MetricName = Literal[
 ]
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
 """The metrics of a data set, in the order in which they are shown (trainer.scores)."""
+
+
+METRIC_TITLES: dict[MetricName, str] = {
+    "pa_mpjpe_mm": "PA-MPJPE, mm", "pa_mpvpe_mm": "PA-MPVPE, mm", "mpjpe_mm": "MPJPE, mm", "f5": "F@5", "f15": "F@15",
+    "auc": "AUC", "auc_mesh": "AUC mesh", "pck_05": "PCK@.05", "pck_10": "PCK@.10", "pck_15": "PCK@.15",
+}  # fmt: skip
 
 
 class GateConfig(Section):
@@ -350,10 +358,52 @@ class GateConfig(Section):
     """Not worse than this times the teacher's value."""
     better_than_mean_pose: bool = False
     """Better than answering the same mean pose to every picture."""
+    baseline: str | None = None
+    """Not worse than this one on the same samples: a student of this file, or a version in MLflow's model registry,
+    `models:/<name>@<alias>` or `models:/<name>/<version>`."""
+    tolerance: float = Field(default=0.0, ge=0)
+    """So much worse than the baseline, in the metric's own unit, is not worse."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Of the interval of the difference."""
+    in_doubt: Literal["mean", "fails", "passes"] = "mean"
+    """What decides when the interval holds both sides of the tolerance: the mean difference; or such a student fails
+    (what passes is surely good enough), or passes (what fails is surely worse)."""
+
+    @model_validator(mode="after")
+    def _tolerance_of_something(self) -> GateConfig:
+        given = self.model_fields_set & {"tolerance", "confidence", "in_doubt"}
+        if given and self.baseline is None:
+            raise ValueError(f"{', '.join(sorted(given))} without a baseline; name one, or leave it out")
+        return self
+
+
+def _alias(name: str) -> str:
+    if name == "latest" or (name[0] in "vV" and name[1:].isdigit()):
+        raise ValueError(f"MLflow keeps {name!r} for itself; choose another word")
+    return name
+
+
+class PromoteConfig(Section):
+    """What becomes of the best student that passed the gate."""
+
+    model: str | None = Field(default=None, pattern=r"^[^/:@]+$")
+    """The registered model whose versions are the winners; null: of the experiment's name."""
+    alias: Annotated[str, AfterValidator(_alias)] = Field(default="champion", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    """Points at the last winner: `models:/<model>@<alias>`. It never points at what failed the gate."""
 
 
 class CompareConfig(Section):
     gate: GateConfig | None = None
     """null: the comparison only reports."""
+    promote: PromoteConfig | None = None
+    """With this, `handstill compare` registers the best student that passed the gate. null: nothing is registered."""
     bootstrap: int = Field(default=1000, ge=100)
     """Resamplings behind the confidence intervals of paired differences."""
+    cases: int = Field(default=6, ge=0, le=24)
+    """So many of the samples that the students answered worst, and half as many of the best, are shown."""
+
+    @model_validator(mode="after")
+    def _promotes_what_passed(self) -> CompareConfig:
+        if self.promote is not None and self.gate is None:
+            raise ValueError("promote without a gate: only what passed a gate is registered; add one")
+        return self

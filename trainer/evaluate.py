@@ -2,8 +2,8 @@
 
 View 0 of an evaluation set is the students' box, view 1 the teacher's own, wider one (HAMER_SPEC 2.1); what the
 teacher said of it stands in the cache. An evaluation's folder holds, for each data set, `samples.parquet` (errors of
-each sample, for paired comparisons) and, where the protocol has one, `pred.json` for the authors' scripts; and
-`evaluation.json`, written last.
+each sample, for paired comparisons), `cases.parquet` (the best and the worst of them with their pictures) and, where
+the protocol has one, `pred.json` for the authors' scripts; and `evaluation.json`, written last.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -32,18 +30,23 @@ from storage.cache import CacheReader, open_cache
 from storage.durable import canonical_json, partial_path, sweep_partial, sync_directory, write_bytes_atomic
 from storage.errors import DamageError, InputError
 from storage.identity import sound_attachment
+from trainer.cases import extreme_cases, write_table
 from trainer.config import LatencyConfig
 from trainer.data import PICTURES, Batch, in_order
 from trainer.latency import Latency, gflop, measure, measure_whole_path, network_alone, peak_memory_mb
 from trainer.predictors import Predict, cached_teacher, mean_pose, student_prediction
-from trainer.scores import LABEL_KEYS, TRUTH_KEYS, Protocol, Scoring
+from trainer.scores import LABEL_KEYS, STUDENTS_AFFINE, TRUTH_KEYS, Protocol, Scoring
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.parquet"
+CASES = "cases.parquet"
+MEAN_POSE = "mean_pose_pa_mpjpe_mm"
+"""Column of the teacher's samples table: how far the sample is from what one guesses without looking."""
 PREDICTIONS = "pred.json"
 AUTHORS_SCRIPTS = ("freihand", "ho3d")
 """Protocols whose authors published a script that reads pred.json."""
 STUDENT_VIEW, TEACHER_VIEW = 0, 1
+_AFFINE = "views/affine"
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,18 @@ def evaluate_teacher(job: TeacherJob) -> EvaluationResult:
         return done
     hand_model = load_hand_model(sound_attachment(job.hand_model))
     teacher, nothing = cached_teacher(hand_model), mean_pose(hand_model)
-    metrics, samples, unanswered = _score_sets(job.sets, job.out_dir, TEACHER_VIEW, teacher, job.batch_size, nothing)
-    baseline, _, _ = _score_sets(job.sets, None, STUDENT_VIEW, nothing, job.batch_size, nothing)
-    result = EvaluationResult("teacher", None, job.identity, metrics, samples, unanswered, mean_pose=baseline)
+    baseline = {each.dataset: _score_nothing(each, nothing, job.batch_size) for each in job.sets}
+    metrics, samples, unanswered = _score_sets(
+        job.sets,
+        job.out_dir,
+        TEACHER_VIEW,
+        teacher,
+        job.batch_size,
+        nothing,
+        beside={name: {MEAN_POSE: each.samples()["pa_mpjpe_mm"]} for name, each in baseline.items()},
+    )
+    mean_pose_metrics = {name: each.metrics() for name, each in baseline.items()}
+    result = EvaluationResult("teacher", None, job.identity, metrics, samples, unanswered, mean_pose=mean_pose_metrics)
     if job.model_config is not None:
         network = Hamer(HamerConfig.from_yaml(job.model_config), ManoLayer(hand_model))
         result = _with_size_and_speed(result, network, job.latency, _device(job.device), channels_last=False)
@@ -219,23 +231,35 @@ def describe(device: torch.device) -> str:
 
 def _score_sets(
     sets: tuple[EvaluationSet, ...],
-    out_dir: Path | None,
+    out_dir: Path,
     view: int,
     predict: Predict,
     batch_size: int,
     stand_in: Predict,
+    beside: Mapping[str, Mapping[str, NDArray[Any]]] | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, int], dict[str, int]]:
-    """Metrics of each set, and how many samples were scored and left unanswered."""
+    """Metrics of each set, and how many samples were scored and left unanswered.
+
+    beside: more columns for the samples table of a data set.
+    """
     metrics: dict[str, dict[str, float]] = {}
     samples: dict[str, int] = {}
     unanswered: dict[str, int] = {}
     for each in sets:
         reader = open_cache(each.cache_root, {each.dataset: each.digest})
-        folder = None if out_dir is None else out_dir / each.dataset
+        folder = out_dir / each.dataset
         scoring = score(reader, view, predict, each.protocol, batch_size, folder, stand_in)
+        columns = scoring.samples() | dict((beside or {}).get(each.dataset, {}))
+        write_table(folder / SAMPLES, columns)
+        write_table(folder / CASES, extreme_cases(reader, columns, STUDENT_VIEW))
         metrics[each.dataset], samples[each.dataset] = scoring.metrics(), len(reader)
         unanswered[each.dataset] = reader.samples_in - len(reader)
     return metrics, samples, unanswered
+
+
+def _score_nothing(each: EvaluationSet, nothing: Predict, batch_size: int) -> Scoring:
+    reader = open_cache(each.cache_root, {each.dataset: each.digest})
+    return score(reader, STUDENT_VIEW, nothing, each.protocol, batch_size, None, nothing)
 
 
 def score(
@@ -247,7 +271,7 @@ def score(
     folder: Path | None,
     stand_in: Predict,
 ) -> Scoring:
-    """Score `predict` on every sample; with a folder, write `samples.parquet` and `pred.json` there.
+    """Score `predict` on every sample; with a folder, write `pred.json` there.
 
     stand_in: answers, in pred.json alone, for the samples that the cache left out.
     """
@@ -269,21 +293,23 @@ def score(
                 file.add(int(next(places)), joints, vertices)
     if file is not None:
         file.write(reader.samples_in)
-    if folder is not None:
-        _write_table(folder / SAMPLES, scoring.samples())
     return scoring
 
 
 def _batches(reader: CacheReader, view: int, batch_size: int) -> Iterator[Batch]:
     known = reader.read([0], [view])
-    teacher = ("teacher/keypoints_3d", "teacher/keypoints_2d", "teacher/betas")
+    teacher = ("teacher/keypoints_3d", "teacher/keypoints_2d", "teacher/betas", _AFFINE)
     wanted = (*LABEL_KEYS, *TRUTH_KEYS, *((PICTURES,) if view == STUDENT_VIEW else teacher))
     wanted += ("teacher/global_orient", "teacher/hand_pose") if view == TEACHER_VIEW else ()
     keys = [key for key in wanted if key in known]
 
     def make(start: int) -> Batch:
         rows = range(start, min(start + batch_size, len(reader)))
-        return reader.read(rows, [view] * len(rows), keys)
+        batch = reader.read(rows, [view] * len(rows), keys)
+        if view != STUDENT_VIEW:
+            students = reader.read(rows, [STUDENT_VIEW] * len(rows), [_AFFINE])
+            batch[STUDENTS_AFFINE] = students[_AFFINE]
+        return batch
 
     return in_order(make, range(0, len(reader), batch_size), workers=1)
 
@@ -325,13 +351,6 @@ class _PredictionFile:
     def _append(self, joints: NDArray[Any], vertices: NDArray[Any]) -> None:
         self._vertices.write((", " if self._joints else "") + json.dumps(vertices.round(6).tolist()))
         self._joints.append(json.dumps(joints.round(6).tolist()))
-
-
-def _write_table(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
-    partial = partial_path(path)
-    pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), partial)
-    partial.replace(path)
-    sync_directory(path.parent)
 
 
 def _finish(out_dir: Path, result: EvaluationResult) -> EvaluationResult:

@@ -3,29 +3,34 @@
 A run is found by its tags (`handstill.kind`, `.student`, `.seed`, `.strategy`, `.backbone`, `.identity`), its scores by
 metrics named `<data set>/<metric>`, `latency_ms/<batch size>`, `fps`, `params_m`; the mean pose's scores by
 `mean_pose/<data set>/<metric>` of the teacher's run; the errors of each sample by the artifact
-`evaluation/<data set>/samples.parquet`.
+`evaluation/<data set>/samples.parquet`, beside which lie the cases that are shown.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-from mlflow.entities import Run
+import pyarrow as pa
+import requests
+from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from numpy.typing import NDArray
 
-from storage.errors import InputError, WorkError
+from storage.errors import DamageError, InputError, WorkError
+from trainer.cases import Columns, read_table
 from trainer.config import METRICS
 
 _NOT_DATA_SETS = ("validation", "label", "teacher", "latency_ms")
 _PAGE = 200
+REGISTERED = "models:/"
+"""What the name of a registered model's version begins with: models:/<name>/<version>, models:/<name>@<alias>."""
 
 Scores = dict[str, dict[str, float]]
 
@@ -47,40 +52,106 @@ class StudentRun:
     latency_ms: dict[str, float]
     fps: float | None
     params_m: float | None
+    experiment: str = ""
+    started_ms: int = 0
+    tags: dict[str, str] = field(default_factory=dict)
+    training: dict[str, str] = field(default_factory=dict)
+    """Data set -> digest of the snapshot that it learned from."""
+    evaluated: dict[str, str] = field(default_factory=dict)
+    """Data set -> digest of the snapshot that it was scored on last."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Its other metrics, as they were last."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which runs are meant."""
+
+    experiments: tuple[str, ...]
+    filter: str = ""
+    """In MLflow's words, for students: `tags.x = 'y' and params.steps = '100'`."""
+    identities: frozenset[str] | None = None
+    """Only students of these, and the teacher of these where it has one; None: any."""
 
 
 class Runs:
-    """The finished runs of one MLflow experiment."""
+    """The finished runs of some MLflow experiments.
 
-    def __init__(self, tracking_uri: str, experiment: str) -> None:
+    Raises:
+        InputError: an experiment that is not there, a filter that MLflow does not understand.
+        WorkError: the store does not answer.
+    """
+
+    def __init__(self, tracking_uri: str, selection: Selection) -> None:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar a small file otherwise
-        try:
+        self._uri, self._selection = tracking_uri, selection
+        self._experiments: dict[str, str] = {}
+        self._tables: dict[tuple[str, str], Columns | None] = {}
+        with self._reading():
             self._client = MlflowClient(tracking_uri=tracking_uri)
-            found = self._client.get_experiment_by_name(experiment)
-        except (MlflowException, OSError) as error:
-            raise WorkError(f"cannot read the MLflow store at {tracking_uri}: {error}") from error
-        if found is None:
-            raise InputError(f"no experiment {experiment!r} at {tracking_uri}; run `handstill run` first")
-        self._experiment_id = found.experiment_id
+            for name in selection.experiments:
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise InputError(
+                        f"no experiment {name!r} at {tracking_uri}; run `handstill run` first, or name one of: "
+                        + (", ".join(self._known_experiments()) or "none is there")
+                    )
+                self._experiments[found.experiment_id] = name
 
-    def students(self, identities: Collection[str] | None = None) -> list[StudentRun]:
-        """The last run of each student and seed, by name and seed; of these identities only, if given."""
-        runs = [run for run in self._of_kind("student") if identities is None or run.identity in identities]
-        latest = {(run.name, run.seed): run for run in reversed(runs)}
-        return [latest[key] for key in sorted(latest, key=lambda key: (key[0], key[1] or 0))]
+    def students(self) -> list[StudentRun]:
+        """The last run of each student and seed of each experiment, by name and seed."""
+        wanted = self._selection.identities
+        runs = [r for r in self._of_kind("student", self._selection.filter) if wanted is None or r.identity in wanted]
+        latest = {(run.experiment, run.name, run.seed): run for run in reversed(runs)}
+        order = {name: place for place, name in enumerate(self._experiments.values())}
+        return sorted(latest.values(), key=lambda run: (order[run.experiment], run.name, run.seed or 0))
 
-    def teacher(self) -> StudentRun | None:
-        """The last run of the teacher."""
-        return next(iter(self._of_kind("teacher")), None)
+    def teachers(self) -> dict[str, StudentRun]:
+        """By experiment, its teacher: of the wanted identities, else the last one."""
+        wanted = self._selection.identities or frozenset()
+        found: dict[str, StudentRun] = {}
+        for run in sorted(self._of_kind("teacher"), key=lambda run: run.identity in wanted, reverse=True):
+            found.setdefault(run.experiment, run)
+        return found
 
-    def sample_errors(self, run: StudentRun, dataset: str) -> dict[str, NDArray[Any]] | None:
-        """The columns of the run's samples table on that data set; None where it has none."""
+    def registered(self, name: str) -> tuple[StudentRun, str] | None:
+        """The run behind `models:/<name>/<version>` or `models:/<name>@<alias>`, and the version; None: there is none.
+
+        Raises:
+            InputError: the name is neither of the two, or the version's run is gone.
+        """
+        model, alias, version = split_registered(name)
+        with self._reading():
+            try:
+                found = (
+                    self._client.get_model_version_by_alias(model, alias)
+                    if alias
+                    else self._client.get_model_version(model, version)
+                )
+                run = self._client.get_run(found.run_id or "")
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+        return _student_run(run, self._experiments.get(run.info.experiment_id, "")), str(found.version)
+
+    def samples(self, run: StudentRun, dataset: str) -> Columns | None:
+        """The columns of the run's samples table on that data set; None where it has none. Read once."""
+        key = (run.run_id, dataset)
+        if key not in self._tables:
+            self._tables[key] = self._table(run, f"evaluation/{dataset}/samples.parquet")
+        return self._tables[key]
+
+    def cases(self, run: StudentRun, dataset: str) -> Columns | None:
+        """What the run answered best and worst, with the pictures: trainer.cases."""
+        return self._table(run, f"evaluation/{dataset}/cases.parquet")
+
+    def evaluation(self, run: StudentRun) -> dict[str, Any]:
+        """The run's evaluation.json; empty where it has none."""
         with tempfile.TemporaryDirectory() as folder:
-            path = self._download(run, f"evaluation/{dataset}/samples.parquet", Path(folder))
-            if path is None:
-                return None
-            table = pq.read_table(path)
-            return {name: table[name].to_numpy() for name in table.column_names}
+            path = self._download(run, "evaluation/evaluation.json", Path(folder))
+            document: dict[str, Any] = {} if path is None else json.loads(path.read_bytes())
+            return document
 
     def picture(self, run: StudentRun) -> bytes | None:
         """The PNG of the run's answers on validation pictures."""
@@ -90,39 +161,84 @@ class Runs:
 
     def curve(self, run: StudentRun, metric: str) -> list[tuple[int, float]]:
         """(step, value) of everything the run logged under that name."""
-        history = self._client.get_metric_history(run.run_id, metric)
-        return sorted({(m.step, m.value) for m in history})
+        return sorted({(point.step, point.value) for point in self.history(run, metric)})
 
-    def _of_kind(self, kind: str) -> list[StudentRun]:
+    def history(self, run: StudentRun, metric: str) -> list[Metric]:
+        """Everything the run logged under that name, with the times."""
+        with self._reading():
+            return list(self._client.get_metric_history(run.run_id, metric))
+
+    def _known_experiments(self) -> list[str]:
+        return [found.name for found in self._client.search_experiments(max_results=20)]
+
+    def _of_kind(self, kind: str, more: str = "") -> list[StudentRun]:
         """Finished runs of that kind, the newest first."""
-        runs, token = [], None
+        wanted = [f"tags.`handstill.kind` = '{kind}'", "attributes.status = 'FINISHED'", *([more] if more else [])]
+        runs: list[StudentRun] = []
+        token = None
         while True:
-            page = self._client.search_runs(
-                [self._experiment_id],
-                filter_string=f"tags.`handstill.kind` = '{kind}' and attributes.status = 'FINISHED'",
-                max_results=_PAGE,
-                order_by=["attributes.start_time DESC"],
-                page_token=token,
-            )
-            runs += [_student_run(run) for run in page]
+            with self._reading(what=f"--filter {more!r}" if more else ""):
+                page = self._client.search_runs(
+                    list(self._experiments),
+                    filter_string=" and ".join(wanted),
+                    max_results=_PAGE,
+                    order_by=["attributes.start_time DESC"],
+                    page_token=token,
+                )
+            runs += [_student_run(run, self._experiments[run.info.experiment_id]) for run in page]
             token = page.token
             if not token:
                 return runs
 
+    def _table(self, run: StudentRun, artifact: str) -> Columns | None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = self._download(run, artifact, Path(folder))
+            try:
+                return None if path is None else read_table(path)
+            except (pa.ArrowInvalid, ValueError) as error:
+                raise DamageError(f"{artifact} of run {run.run_id} at {self._uri} is damaged: {error}") from error
+
     def _download(self, run: StudentRun, artifact: str, folder: Path) -> Path | None:
         parent = artifact.rpartition("/")[0]
-        if artifact not in {found.path for found in self._client.list_artifacts(run.run_id, parent)}:
-            return None
-        return Path(self._client.download_artifacts(run.run_id, artifact, str(folder)))
+        with self._reading():
+            if artifact not in {found.path for found in self._client.list_artifacts(run.run_id, parent)}:
+                return None
+            return Path(self._client.download_artifacts(run.run_id, artifact, str(folder)))
+
+    @contextmanager
+    def _reading(self, what: str = "") -> Iterator[None]:
+        """what: of the user's words, that the store may refuse."""
+        try:
+            yield
+        except MlflowException as error:
+            if what and error.error_code == "INVALID_PARAMETER_VALUE":
+                raise InputError(f"{what}: MLflow does not understand it: {error.message}") from error
+            raise WorkError(f"cannot read the MLflow store at {self._uri}: {error}") from error
+        except (OSError, requests.RequestException) as error:
+            raise WorkError(f"cannot read the MLflow store at {self._uri}: {error}") from error
 
 
-def _student_run(run: Run) -> StudentRun:
+def split_registered(name: str) -> tuple[str, str, str]:
+    """Model, alias and version of `models:/<name>@<alias>` or `models:/<name>/<version>`; one of the last two is
+    empty. InputError where it is neither."""
+    what = name.removeprefix(REGISTERED)
+    model, at, alias = what.partition("@")
+    if at and model and alias and "/" not in alias:
+        return model, alias, ""
+    model, _, version = what.rpartition("/")
+    if not at and model and version.isdigit():
+        return model, "", version
+    raise InputError(f"found {name!r}, want {REGISTERED}<name>@<alias> or {REGISTERED}<name>/<version>")
+
+
+def _student_run(run: Run, experiment: str) -> StudentRun:
     tags, metrics = run.data.tags, run.data.metrics
     seed = tags.get("handstill.seed")
+    kind = tags.get("handstill.kind", "student")
     return StudentRun(
         run_id=run.info.run_id,
-        kind=tags["handstill.kind"],
-        name=tags.get("handstill.student", tags["handstill.kind"]),
+        kind=kind,
+        name=tags.get("handstill.student", kind),
         seed=None if seed is None else int(seed),
         strategy=tags.get("handstill.strategy", ""),
         backbone=tags.get("handstill.backbone", ""),
@@ -133,13 +249,44 @@ def _student_run(run: Run) -> StudentRun:
         latency_ms={k.removeprefix("latency_ms/"): v for k, v in metrics.items() if k.startswith("latency_ms/")},
         fps=metrics.get("fps"),
         params_m=metrics.get("params_m"),
+        experiment=experiment,
+        started_ms=int(run.info.start_time or 0),
+        tags=dict(tags),
+        training=_snapshots(run, "training"),
+        evaluated=_snapshots(run, "evaluation"),
+        numbers=dict(metrics),
     )
 
 
-def _scores(metrics: dict[str, float]) -> Scores:
+def _snapshots(run: Run, context: str) -> dict[str, str]:
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    return {
+        each.dataset.name: each.dataset.digest
+        for each in inputs
+        if any(tag.key == "mlflow.data.context" and tag.value == context for tag in each.tags)
+    }
+
+
+def _scores(metrics: Mapping[str, float]) -> Scores:
     scores: Scores = {}
     for key, value in metrics.items():
         dataset, _, metric = key.partition("/")
         if metric in METRICS and dataset not in _NOT_DATA_SETS:
             scores.setdefault(dataset, {})[metric] = value
     return {name: {m: scores[name][m] for m in METRICS if m in scores[name]} for name in sorted(scores)}
+
+
+def datasets_of(runs: Sequence[StudentRun]) -> list[str]:
+    """The data sets that some of the runs were scored on."""
+    return sorted({dataset for run in runs for dataset in run.metrics})
+
+
+def by_name(runs: Collection[StudentRun]) -> dict[str, list[StudentRun]]:
+    """Runs by student, seeds together. With the experiment before the name, where two have a student of that name."""
+    homes: dict[str, set[str]] = {}
+    for run in runs:
+        homes.setdefault(run.name, set()).add(run.experiment)
+    groups: dict[str, list[StudentRun]] = {}
+    for run in runs:
+        groups.setdefault(f"{run.experiment}/{run.name}" if len(homes[run.name]) > 1 else run.name, []).append(run)
+    return groups

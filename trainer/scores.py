@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from models.crops import to_crop, to_photo_px
 from storage.errors import WorkError
 from trainer import metrics as m
 
@@ -33,6 +34,8 @@ MIN_JOINTS_3D = 4
 """A similarity fits three points nearly anyhow."""
 
 TRUTH_KEYS = ("labels/has_truth", "labels/truth_xyz", "labels/truth_vertices")
+STUDENTS_AFFINE = "views/affine of the students' view"
+"""Key of a batch of the teacher's view."""
 LABEL_KEYS = ("labels/keypoints_2d", "labels/keypoints_3d", "labels/right", "labels/box_size", "views/box_px")
 
 
@@ -66,6 +69,8 @@ class Scoring:
 
     protocol: Protocol | None = None
     _columns: dict[str, list[Array]] = field(default_factory=dict)
+    _about: dict[str, list[Array]] = field(default_factory=dict)
+    """Columns of the samples table that are no errors."""
     _sample_ids: list[Array] = field(default_factory=list)
 
     def add(self, batch: Mapping[str, Array], hands: Hands) -> None:
@@ -76,6 +81,8 @@ class Scoring:
         columns |= _pck_columns(batch, hands)
         for name, values in columns.items():
             self._columns.setdefault(name, []).append(values)
+        for name, values in _about(batch, hands).items():
+            self._about.setdefault(name, []).append(values)
 
     def metrics(self) -> dict[str, float]:
         """Means over the samples; a metric for which the set has no truth is left out."""
@@ -89,18 +96,28 @@ class Scoring:
         return {name: value for name, value in found.items() if np.isfinite(value)}
 
     def samples(self) -> dict[str, Array]:
-        """`sample_id` (N,) and each per-sample error (N,), NaN where the sample has no truth for it."""
+        """`sample_id` (N,), each per-sample error (N,), NaN where the sample has no truth for it, and what a comparison
+        wants beside them: `hand_px` and `visible_share` (N,) of the labels, `joint_errors_mm` (N,21) after alignment in
+        OpenPose order, `keypoints_2d` (N,21,2) as predicted, crop units of the students' view."""
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         errors = {name: values for name, values in columns.items() if values.ndim == 1}
         if "shares_2d" in columns:
             errors["error_2d_share"] = _row_nanmean(columns["shares_2d"])
-        return {"sample_id": np.concatenate(self._sample_ids)} | errors
+        about = {name: np.concatenate(parts) for name, parts in self._about.items()}
+        return {
+            "sample_id": np.concatenate(self._sample_ids),
+            **errors,
+            **about,
+            "joint_errors_mm": columns["joint_errors_m"] * 1e3,
+        }
 
     def _against_authors(self, batch: Mapping[str, Array], hands: Hands) -> dict[str, Array]:
         joints, vertices = hands.for_authors(batch["labels/right"], self.protocol)
         given = batch["labels/has_truth"] > 0
         true = np.where(given[:, None, None], batch["labels/truth_xyz"], 0).astype(np.float64)
         columns = _joint_columns(joints, true, np.repeat(given[:, None], true.shape[1], axis=1))
+        if self.protocol == "ho3d":
+            columns["joint_errors_m"] = columns["joint_errors_m"][:, np.argsort(HO3D_ORDER)]
         if "labels/truth_vertices" in batch:
             mesh = np.where(given[:, None, None], batch["labels/truth_vertices"], 0).astype(np.float64)
             columns |= _mesh_columns(joints, vertices, true, mesh, given)
@@ -155,6 +172,28 @@ def _pck_columns(batch: Mapping[str, Array], hands: Hands) -> dict[str, Array]:
     off_px = np.linalg.norm(hands.keypoints_2d - labels[..., :2], axis=-1) * batch["views/box_px"][:, None]
     shares = off_px / batch["labels/box_size"].max(1)[:, None]
     return {"shares_2d": np.where(labels[..., 2] > MIN_CONFIDENCE_2D, shares, np.nan)}
+
+
+def _about(batch: Mapping[str, Array], hands: Hands) -> dict[str, Array]:
+    """How large the hand is in its source picture, how much of it is labelled as seen, and where it was said to be."""
+    about = {
+        "hand_px": batch["labels/box_size"].max(1).astype(np.float64),
+        "visible_share": (batch["labels/keypoints_2d"][..., 2] > MIN_CONFIDENCE_2D).mean(1),
+    }
+    if hands.keypoints_2d is not None:
+        about["keypoints_2d"] = in_students_view(hands.keypoints_2d, batch)
+    return about
+
+
+def in_students_view(points: Array, batch: Mapping[str, Array]) -> Array:
+    """Points (B,21,2) in crop units of the batch's view, in those of the students' own: for pictures of both.
+
+    `STUDENTS_AFFINE` (B,2,3), source pixels -> picture pixels, is there where the batch is of another view.
+    """
+    if STUDENTS_AFFINE not in batch:
+        return points
+    both = zip(points, batch["views/affine"], batch[STUDENTS_AFFINE], strict=True)
+    return np.stack([to_crop(to_photo_px(each, theirs), ours) for each, theirs, ours in both])
 
 
 def _nanmean(values: Array) -> float:

@@ -31,7 +31,7 @@ VERBS = {
     "verify": {"--no-teacher", "--no-sources"},
     "audit": {"--against", "--on"},
     "export": {"NAME|FOLDER", "--seed", "--to", "--with-hand-model", "--int8"},
-    "compare": set(),
+    "compare": {"--experiment", "--filter", "--tracking-uri", "--out"},
     "predict": {
         "PATH+",
         "--network",

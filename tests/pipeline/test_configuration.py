@@ -126,6 +126,17 @@ def test_all_mistakes_are_told_at_once() -> None:
             "synthesise.sets: no data set is named 'alfa'; did you mean 'alpha'?",
         ),
         ({"students": {}}, "students: names no student; want at least one"),
+        (
+            {"compare.gate": {"dataset": "val", "baseline": "hybird"}},
+            "compare.gate.baseline: no student is named 'hybird'; did you mean 'hybrid'?",
+        ),
+        (
+            {
+                "compare": {"gate": {"dataset": "val", "limit": 1}, "promote": {}},
+                "tracking": {"register_models": False},
+            },
+            "compare.promote: the winner's model is what is registered, and tracking.register_models is false",
+        ),
     ],
 )
 def test_references_have_to_exist(changes: dict[str, Any], said: str) -> None:

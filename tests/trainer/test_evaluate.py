@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.linalg import orthogonal_procrustes
@@ -16,6 +15,7 @@ from storage.errors import DamageError, WorkError
 from storage.snapshots import read_head
 from tests.tiny_cache import write_tiny_cache
 from trainer import metrics as m
+from trainer.cases import BEST, WORST, extreme_cases, read_table, write_table
 from trainer.config import LatencyConfig
 from trainer.evaluate import (
     EvaluateJob,
@@ -26,7 +26,7 @@ from trainer.evaluate import (
     read_evaluation,
     score,
 )
-from trainer.scores import HO3D_ORDER, Hands, Protocol, Scoring
+from trainer.scores import HO3D_ORDER, STUDENTS_AFFINE, Hands, Protocol, Scoring, in_students_view
 
 LATENCY = LatencyConfig(batch_sizes=[1, 2], warmup=1, iterations=3)
 VERTICES = 6
@@ -139,11 +139,56 @@ def test_metrics_are_means_of_the_samples_table(tmp_path: Path) -> None:
         )
 
     scoring = score(reader, 0, predict, None, 4, tmp_path / "out", STAND_IN)
-    table = pq.read_table(tmp_path / "out" / "samples.parquet").to_pydict()
-    assert table["sample_id"] == reader.ids
+    write_table(tmp_path / "samples.parquet", scoring.samples())
+    table = read_table(tmp_path / "samples.parquet")
+    assert table["sample_id"].tolist() == reader.ids
     for name in ("pa_mpjpe_mm", "mpjpe_mm", "f5"):
         assert np.mean(table[name]) == pytest.approx(scoring.metrics()[name])
+    assert table["joint_errors_mm"].mean(1) == pytest.approx(table["pa_mpjpe_mm"], rel=1e-3)
+    labels = reader.read(range(7), [0] * 7, ["labels/keypoints_2d", "labels/box_size"])
+    predicted = table["keypoints_2d"].reshape(7, 21, 2)
+    assert predicted == pytest.approx(labels["labels/keypoints_2d"][..., :2], abs=1e-3)
+    assert table["hand_px"].tolist() == labels["labels/box_size"].max(1).tolist()
+    assert table["visible_share"] == pytest.approx((labels["labels/keypoints_2d"][..., 2] > 0.5).mean(1))
     assert not (tmp_path / "out" / "pred.json").exists()
+
+
+def test_the_joints_of_ho3d_come_back_in_our_order(tmp_path: Path) -> None:
+    each = evaluation_set(tmp_path, "ho3d")
+    reader = open_cache(each.cache_root, {each.dataset: each.digest})
+
+    def predict(batch: dict[str, np.ndarray]) -> Hands:
+        hands = perfect("ho3d")(batch)
+        hands.keypoints_3d[:, 8] += 0.03  # the tip of the index finger in OpenPose order
+        return hands
+
+    errors = score(reader, 0, predict, "ho3d", 3, None, STAND_IN).samples()["joint_errors_mm"]
+    assert errors.argmax(1).tolist() == [8] * 7
+
+
+def test_the_pictures_of_the_best_and_the_worst_samples_are_kept(tmp_path: Path) -> None:
+    cache = write_tiny_cache(tmp_path / "cache", n=30, views=2, role="evaluate", dataset="val")
+    reader = open_cache(cache, {"val": read_head(cache)["val"]})
+    errors = np.random.default_rng(0).permutation(30).astype(float)
+    errors[3] = np.nan
+    columns = {"sample_id": np.array(reader.ids), "pa_mpjpe_mm": errors}
+    write_table(tmp_path / "cases.parquet", extreme_cases(reader, columns, 0))
+    kept = read_table(tmp_path / "cases.parquet")
+    known = sorted(errors[np.isfinite(errors)])
+    assert kept["error"].tolist() == known[:BEST] + known[-WORST:]
+    row = reader.ids.index(kept["sample_id"][-1])
+    assert errors[row] == np.nanmax(errors)
+    assert kept["picture"][-1] == reader.picture_bytes(row, 0)
+    label = reader.read([row], [0], ["labels/keypoints_2d"])["labels/keypoints_2d"][0]
+    assert kept["label_2d"][-1].reshape(21, 3) == pytest.approx(label, abs=1e-3)
+
+
+def test_what_the_teacher_said_of_its_wider_view_is_moved_into_the_students() -> None:
+    theirs, ours = np.array([[1.0, 0, -100], [0, 1.0, -50]]), np.array([[-2.0, 0, 400], [0, 2.0, -100]])
+    batch = {"views/affine": theirs[None], STUDENTS_AFFINE: ours[None]}
+    photo_px = np.array([[[150.0, 90.0]]])
+    said = (photo_px + theirs[:, 2]) / 256 - 0.5
+    assert in_students_view(said, batch) == pytest.approx((photo_px * [-2, 2] + ours[:, 2]) / 256 - 0.5)
 
 
 def test_without_authors_truth_the_visible_labels_count(tmp_path: Path) -> None:
@@ -256,4 +301,7 @@ def test_the_teacher_is_scored_from_its_wider_view_and_the_mean_pose_beside_it(t
     assert result.metrics["val"]["pa_mpjpe_mm"] == pytest.approx(expected.mean())
     assert "pck_05" in result.metrics["val"]
     assert "pck_05" not in result.mean_pose["val"]
+    table = read_table(tmp_path / "out" / "val" / "samples.parquet")
+    assert table["mean_pose_pa_mpjpe_mm"].mean() == pytest.approx(result.mean_pose["val"]["pa_mpjpe_mm"])
+    assert len(read_table(tmp_path / "out" / "val" / "cases.parquet")["picture"]) == 7
     assert result.mean_pose["val"]["pa_mpjpe_mm"] > 0
