@@ -49,6 +49,25 @@ class TeacherSettings:
     compiled: bool = False
     threads: int | None = None
     """CPU threads of the forward pass; None: torch's own choice."""
+    load: Callable[[TeacherSettings], tuple[Forward, dict[str, Any]]] | None = None
+    """What gives forward pass and provenance; None: `load_from_checkpoint`."""
+
+
+def load_from_checkpoint(settings: TeacherSettings) -> tuple[Forward, dict[str, Any]]:
+    """Forward pass and provenance of the teacher that the settings name."""
+    import torch
+
+    from models.teacher import load_teacher
+    from stages.teach import numerics, teacher_forward
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = "cuda" if settings.gpus else "cpu"
+    append_event(settings.events, "teacher_loading", device=device)
+    teacher = load_teacher(
+        settings.checkpoint, settings.mano_model, device, settings.precision, compiled=settings.compiled
+    )
+    return teacher_forward(teacher, device), numerics(device, compiled=settings.compiled)
 
 
 class TeacherActor:
@@ -63,21 +82,11 @@ class TeacherActor:
     @cached_property
     def _teacher(self) -> tuple[Forward, dict[str, Any]]:
         """Forward pass and provenance. Loaded for the first shard: an error there has its type, one above has none."""
-        import torch
-
-        from models.teacher import load_teacher
-        from stages.teach import numerics, teacher_forward
-
         settings = self._settings
         self._holding.enter_context(settings.claim.held())
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
-        device = "cuda" if settings.gpus else "cpu"
-        append_event(settings.events, "teacher_loading", device=device)
-        teacher = load_teacher(
-            settings.checkpoint, settings.mano_model, device, settings.precision, compiled=settings.compiled
-        )
-        return teacher_forward(teacher, device), numerics(device, compiled=settings.compiled)
+        loaded = (settings.load or load_from_checkpoint)(settings)
+        append_event(settings.events, "teacher_ready")
+        return loaded
 
     def work(self, work: Work, job: ShardJob, following: ShardJob | None) -> Any:
         """Do one job; begin to decode the following one meanwhile."""
