@@ -1,16 +1,16 @@
-"""How the teach stage scales with nodes, and what the driver costs, with teachers that take a fixed time and compute nothing.
+"""How the teach stage scales with nodes, and what the driver costs, with teachers that sleep for a fixed time.
 
     python benchmarks/cluster_scaling.py [--quick] [--json FILE] [--nodes 1,2,4,8] [--workers 64] [--latency-s 1]
 
-Each node is a raylet of its own on this machine (Ray's cluster utility) with one simulated GPU, and cores enough to decode
+Each node is a raylet of its own on this machine (Ray's cluster utility) with one simulated GPU, and cores to decode
 beside its teacher. Actors, decoding tasks, claims, the event log and the handing out of shards are those of
 `handstill run teach`; only the forward pass sleeps, so that two cores are enough to see what the scheduling costs. A
 teacher's answers are not written: how fast a disk takes them is measured in benchmarks/teach_throughput.py.
 
-Scaling: shards a second between the end of every node's first shard and that of the last one, each with the same number of
-shards a node. 1.0 is what that many single nodes would do. The driver: processor time that it uses for each shard and for
-the whole, with as many teachers as `--workers` on one node. At the real job's 512 samples a shard and three views, one
-H200 takes about a second for a shard, which is the latency here.
+Scaling: shards a second between the first time that every teacher can have ended one and the last time that none can be
+idle, with the same number of shards a node; 1.0 is what that many single nodes would do. The driver: processor time
+that it uses for a shard and in all, with as many teachers as `--workers` on one node. At the real job's 512 samples a
+shard and three views, one H200 takes about a second for a shard, which is the latency here.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def jobs_of(folder: Path, workdir: Workdir, count: int) -> Iterator[ShardJob]:
         write_tar(tar, ((f"{number:06d}", picture) for number, picture in enumerate(pictures)))
     rows = scan_source("hands", HamerTarDataset(format="hamer_tar", path=str(tar)), tar, folder)
     settings = TeachSettings.of("train", CacheConfig(views=1), BATCH_SIZE, 0)
-    job = ShardJob("hands", "", rows, settings, folder / "cache" / "0" * 16, folder, workdir.events)
+    job = ShardJob("hands", "", rows, settings, folder / "cache" / ("0" * 16), folder, workdir.events)
     return (replace(job, input_hash=f"{number:064x}") for number in range(count))
 
 

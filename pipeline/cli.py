@@ -12,8 +12,9 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+from pipeline.logs import forwarding, set_up_logging, write_line
 from storage.errors import DamageError, InputError, WorkError
 
 STAGE_NAMES = ("synthesise", "ingest", "teach", "train", "evaluate", "compare")
@@ -23,8 +24,12 @@ _GO_ON = "what is finished is kept, the same command goes on from there"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
-    arguments = build_parser().parse_args(argv)
-    _set_up_logging(arguments.verbose)
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = build_parser().parse_args(given)
+    except UsageError as error:
+        return _misused(error, in_json="--json" in given)
+    set_up_logging(verbose=arguments.verbose, log_format=arguments.log_format)
     stopped_by: list[signal.Signals] = []
 
     def on_sigterm(number: int, _frame: FrameType | None) -> None:
@@ -52,31 +57,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(arguments, f"stopped by {cause.name}; {arguments.afterwards}", 128 + cause)
 
 
+class UsageError(Exception):
+    """The command line is wrong: the usage, and what is wrong with it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves it to `main` to say what is wrong, to scripts too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(self.format_usage(), f"{self.prog}: error: {message}")
+
+
+def _misused(error: UsageError, *, in_json: bool) -> int:
+    usage, message = error.args
+    _say(f"{usage}{message}", sys.stderr)
+    if in_json:
+        _say(json.dumps({"ok": False, "error": message, "exit_code": 2}))
+    return 2
+
+
 def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
     """Say why on stderr, to a script on stdout too."""
-    _say(f"handstill: {message}", sys.stderr)
+    write_line(f"handstill: {message}", level="ERROR", exit_code=code)
     if arguments.json:
         _say(json.dumps({**arguments.about, "ok": False, "error": message, "exit_code": code}))
     return code
 
 
-def _global_options() -> argparse.ArgumentParser:
+def _global_options() -> _Parser:
     """The options that every verb takes; a new one each time, because argparse shares defaults between users."""
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Parser(add_help=False)
     shared.add_argument("-c", "--config", type=Path, default=argparse.SUPPRESS, metavar="FILE")
     shared.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document on stdout")
+    shared.add_argument(
+        "--log-format", choices=("text", "json"), default=argparse.SUPPRESS, help="of the log on stderr (text)"
+    )
     shared.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="details, tracebacks")
     return shared
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Every verb with its arguments; global options may stand before or after the verb."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="handstill",
         description="Offline distillation of HaMeR into small 3D hand mesh networks.",
         parents=[_global_options()],
     )
-    parser.set_defaults(config=Path("pipeline.yaml"), json=False, verbose=False, afterwards=_GO_ON, about={})
+    parser.set_defaults(config=Path("pipeline.yaml"), json=False, verbose=False, log_format="text")
+    parser.set_defaults(afterwards=_GO_ON, about={})  # of the command, for `main`
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     def verb(name: str, command: Command, help_text: str) -> argparse.ArgumentParser:
@@ -218,7 +246,8 @@ def _run(arguments: argparse.Namespace) -> int:
     experiment = open_experiment(arguments.config, limit=arguments.limit, rehash=arguments.rehash)
     summary = RunSummary(experiment)
     try:
-        results = run_all(experiment, arguments.stage, summary)
+        with forwarding(experiment.workdir.events):
+            results = run_all(experiment, arguments.stage, summary)
     finally:
         arguments.about = summary.document
     _answer(arguments, {"ok": True, **summary.document}, lambda: run_text(experiment, results))
@@ -318,7 +347,8 @@ def _submit(arguments: argparse.Namespace) -> int:
         raise InputError(f"--limit: found {arguments.limit}, want a number of samples of at least 1")
     limit = [] if arguments.limit is None else ["--limit", str(arguments.limit)]
     stage = [arguments.stage] if arguments.stage else []
-    job = arguments.follow or submit(config, arguments.config, ["run", *stage, *limit])
+    log_format = ["--log-format", arguments.log_format]
+    job = arguments.follow or submit(config, arguments.config, ["run", *stage, *limit, *log_format])
     if arguments.no_wait:
         _answer(arguments, {"ok": True, "job": job}, lambda: job)
         return 0
@@ -369,15 +399,6 @@ def _answer(arguments: argparse.Namespace, document: Any, text: Callable[[], str
 
 def _say(text: str, stream: Any = None) -> None:
     print(text, file=stream or sys.stdout, flush=True)
-
-
-def _set_up_logging(verbose: bool) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-    logger = logging.getLogger("handstill")
-    logger.handlers = [handler]
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
-    logger.propagate = False
 
 
 if __name__ == "__main__":

@@ -233,7 +233,10 @@ def run_evaluate(experiment: Experiment, plan: StagePlan) -> StageResult:
         cluster = experiment.config.cluster
         cache = cache_state(experiment, "evaluate")
         units = [_unit(experiment, cache, state) for state in plan.units]
-        with ray_session(cluster), StageProgress("evaluate", len(units), "networks") as progress:
+        with (
+            ray_session(cluster),
+            StageProgress("evaluate", len(units), "networks", events=experiment.workdir.events) as progress,
+        ):
             for _ in run_units(
                 evaluate_unit,
                 units,

@@ -138,7 +138,10 @@ def _scan(experiment: Experiment, plan: StagePlan) -> None:
     workdir = experiment.workdir
     units = [IngestUnit(source, workdir.manifests, workdir.events) for source in plan.units]
     index = ManifestIndex(experiment)
-    with ray_session(experiment.config.cluster), StageProgress("ingest", len(units), "files") as progress:
+    with (
+        ray_session(experiment.config.cluster),
+        StageProgress("ingest", len(units), "files", events=experiment.workdir.events) as progress,
+    ):
         results = run_units(
             ingest_unit,
             units,

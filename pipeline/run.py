@@ -95,7 +95,7 @@ def _run_all(experiment: Experiment, last: str | None, summary: RunSummary) -> d
     _check_cost(experiment, plans)
     with (
         lease(experiment.workdir),
-        telling(run=run_of(experiment.workdir), node=socket.gethostname()),
+        telling(pipeline=experiment.config.name, run=run_of(experiment.workdir), node=socket.gethostname()),
     ):
         sweep_leftovers(experiment.workdir)
         experiment.digests.save()

@@ -48,7 +48,10 @@ def run_synthesise(experiment: Experiment, plan: StagePlan) -> StageResult:
     hands = sum(unit.hands for unit in plan.units)
     if plan.todo:
         cluster = experiment.config.cluster
-        with ray_session(cluster), StageProgress("synthesise", hands, "hands") as progress:
+        with (
+            ray_session(cluster),
+            StageProgress("synthesise", hands, "hands", events=experiment.workdir.events) as progress,
+        ):
             for unit, _ in run_units(
                 run_unit,
                 list(plan.units),

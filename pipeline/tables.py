@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,30 @@ def status_text(document: Mapping[str, Any]) -> str:
         [name, state["done"], state["total"], state["stale"], state["quarantined"], state["last_error"] or ""]
         for name, state in document["stages"].items()
     ]
-    running = document["current_stage"]
-    now = "nothing is running" if running is None else f"running now: {running}"
+    now = "\n".join(_running_lines(document))
     why = [f"left out at ingest: {count} {reason}" for reason, count in document["left_out_at_ingest"].items()]
     if left := document["undelivered_records"]:
         why.append(f"{left} records are not in MLflow yet: the next run delivers them")
     head = ["stage", "done", "total", "stale", "quarantined", "last error"]
     return "\n".join([table(head, rows), *why, now])
+
+
+def _running_lines(document: Mapping[str, Any]) -> Iterator[str]:
+    """Who is at work, at what, and how far."""
+    running, progress = document["running"], document["progress"]
+    if running is None:
+        yield "nothing is running"
+        return
+    if running["pid"] is not None:
+        yield f"at work: process {running['pid']} on {running['host']}, since {running['since']}"
+    if progress is not None:
+        rate, left = progress["per_second"], progress["eta_s"]
+        speed = "" if rate is None else f", {rate:g} {progress['unit_name']}/s"
+        ending = "" if left is None else f", {left:.0f} s left"
+        used = "".join(f", {share:.0%} {name}" for name, share in progress["utilisation"].items())
+        count = f"{progress['done']}/{progress['total']} {progress['unit_name']}"
+        yield f"{progress['stage']}: {count}{speed}{ending}{used} ({progress['age_s']:.0f} s ago)"
+    yield f"running now: {document['current_stage'] or 'between stages'}"
 
 
 def human_bytes(count: float) -> str:

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from trainer.job import TrainJob, TrainResult
 
 
+PROGRESS_EVERY_S = 5.0
+"""How often a training says in the event log which step it is at; metrics come every `train.log_every` steps."""
+
+
 @dataclass(frozen=True)
 class StudentState:
     """One student and seed, as the configuration and the caches are now."""
@@ -166,6 +170,7 @@ class _Reporter:
 
     def __init__(self, unit: TrainUnit, run: RunLog) -> None:
         self._unit, self._run = unit, run
+        self._last_progress = time.monotonic()
 
     def on_start(self, params: Mapping[str, Any]) -> None:
         self._run.params(params)
@@ -175,6 +180,11 @@ class _Reporter:
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.metrics(metrics, step, once=f"step/{step}")
         append_event(self._unit.events, "train_step", unit=self._unit.label, step=step)
+
+    def on_progress(self, step: int) -> None:
+        if time.monotonic() - self._last_progress >= PROGRESS_EVERY_S:
+            self._last_progress = time.monotonic()
+            append_event(self._unit.events, "train_progress", unit=self._unit.label, step=step)
 
     def on_validation(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {f"validation/{key}": value for key, value in metrics.items()}
@@ -262,7 +272,9 @@ def _train(experiment: Experiment, states: list[StudentState]) -> None:
     with (
         ray_session(config.cluster),
         pipeline_run(experiment.workdir, target, config.name, {"handstill.stage": "train"}) as parent,
-        StageProgress("train", sum(state.recipe.steps for state in states), "steps") as progress,
+        StageProgress(
+            "train", sum(state.recipe.steps for state in states), "steps", events=experiment.workdir.events
+        ) as progress,
     ):
         units = [_unit(experiment, state, cache, parent) for state in states]
         steps: dict[str, int] = {}
@@ -282,7 +294,8 @@ def _train(experiment: Experiment, states: list[StudentState]) -> None:
 def _follow(tail: EventTail, steps: dict[str, int], progress: StageProgress) -> None:
     """Turn the workers' step events into progress; a resumed student starts where it was."""
     for event in tail.new():
-        if event["event"] in ("train_step", "train_done"):
+        progress.note(event)
+        if event["event"] in ("train_step", "train_progress", "train_done"):
             label, step = event["unit"], int(event["step"])
             progress.advance(max(0, step - steps.get(label, 0)))
             steps[label] = max(step, steps.get(label, 0))

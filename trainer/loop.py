@@ -164,6 +164,7 @@ class _Run:
                 batch = next(batches)
             watch.note(self.step, batch, *self._learn(batch))
             self.step += 1
+            self.callbacks.on_progress(self.step)
             last = self.step == recipe.steps
             validates = last or self.step % recipe.validate_every == 0
             stopping = self.group.any(stop.is_set())

@@ -20,7 +20,7 @@ from tests.pipeline.commands import as_json, handstill
 from tests.pipeline.lab import Lab, tree, work_of
 from tests.tiny_experiment import events_of
 
-GLOBAL = {"-h/--help", "-c/--config", "--json", "-v/--verbose"}
+GLOBAL = {"-h/--help", "-c/--config", "--json", "--log-format", "-v/--verbose"}
 VERBS = {
     "check": {"--schema"},
     "plan": {"STAGE?", "--rehash", "--limit"},
@@ -97,6 +97,15 @@ def test_a_mistake_of_the_user_exits_with_2(arguments: list[str]) -> None:
     assert answer.out == ""
     assert answer.err
     assert "Traceback" not in answer.err
+
+
+def test_a_mistake_in_the_command_line_is_a_document_too() -> None:
+    answer = handstill("run", "bogus", "--json")
+    assert answer.code == 2
+    assert (answer.document["ok"], answer.document["exit_code"]) == (False, 2)
+    assert "'bogus'" in answer.document["error"]
+    assert answer.err.startswith("usage: handstill run")
+    assert answer.document["error"] in answer.err
 
 
 @pytest.mark.parametrize("limit", ["0", "-3"])
