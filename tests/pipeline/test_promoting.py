@@ -1,0 +1,157 @@
+"""The winner in the model registry, and comparisons of other runs than the configuration's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from pipeline import promoting
+from pipeline.promoting import Alias, promote, version_behind
+from pipeline.tracking import TrackingTarget
+from storage.errors import InputError, WorkError
+from tests.pipeline.commands import as_json, handstill
+from tests.pipeline.lab import Lab
+from tests.trainer.mlflow_store import Store, student
+
+ALIAS = Alias("hands", "champion")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store(tmp_path_factory.mktemp("mlflow"))
+    for name, seed, experiment in (
+        ("a-none", 0, "exp"),
+        ("a-none", 1, "exp"),
+        ("b-none", 0, "exp"),
+        ("a-none", 0, "two"),
+    ):
+        run = student(store, name, seed, 8.0 + seed, experiment=experiment)
+        model = store.client.create_logged_model(store.experiments[experiment], "student", run)
+        store.client.finalize_logged_model(model.model_id, "READY")
+    return store
+
+
+def winner(store: Store, name: str = "a-none", seed: int = 0) -> dict[str, Any]:
+    which = f"tags.`handstill.student` = '{name}' and tags.`handstill.seed` = '{seed}'"
+    (run,) = store.client.search_runs([store.experiments["exp"]], which)
+    identity = run.data.tags["handstill.identity"]
+    return {
+        "student": name,
+        "seed": seed,
+        "run_id": run.info.run_id,
+        "identity": identity,
+        "sentences": ["It is good."],
+    }
+
+
+def test_a_winner_is_registered_once_and_the_alias_follows(store: Store) -> None:
+    target = TrackingTarget(store.uri, "exp")
+    assert version_behind(target, ALIAS) is None
+    first = promote(target, ALIAS, winner(store), None)
+    assert (first["version"], first["sentence"]) == (
+        "1", "models:/hands@champion is a-none (seed 0) now, version 1; it was nobody.",
+    )  # fmt: skip
+    again = promote(target, ALIAS, winner(store), "1")
+    assert again["sentence"] == "models:/hands@champion is a-none (seed 0) already, version 1."
+    second = promote(target, ALIAS, winner(store, seed=1), "1")
+    assert (second["version"], version_behind(target, ALIAS)) == ("2", "2")
+    version = store.client.get_model_version("hands", "2")
+    assert version.tags["handstill.student"] == "a-none"
+    assert version.description == "It is good."
+    with pytest.raises(WorkError, match=r"went from version 1 to version 2 .* nothing was moved"):
+        promote(target, ALIAS, winner(store, "b-none"), "1")
+    assert version_behind(target, ALIAS) == "2"
+
+
+def test_an_alias_that_cannot_be_moved_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, alias = TrackingTarget(store.uri, "exp"), Alias("others", "champion")
+
+    def away(*_: Any) -> None:
+        raise OSError("the server went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", away)
+        with pytest.raises(WorkError, match="the server went away"):
+            promote(target, alias, winner(store), None)
+    assert version_behind(target, alias) is None
+    assert promote(target, alias, winner(store), None)["version"] == "1", "what was registered is found again"
+
+
+def test_a_run_without_a_model_cannot_win(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promoting, "model_of_run", lambda *_: None)
+    with pytest.raises(InputError, match=r"tracking\.register_models"):
+        promote(TrackingTarget(store.uri, "exp"), Alias("third", "champion"), winner(store), None)
+
+
+def compared(tmp_path: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
+    nowhere = ["-c", str(tmp_path / "none.yaml"), "--out", str(tmp_path / "out")]
+    answer = handstill("compare", *nowhere, "--json", *arguments)
+    assert answer.code == code, answer.err
+    return answer.document
+
+
+def test_other_experiments_are_compared_without_a_configuration(store: Store, tmp_path: Path) -> None:
+    where = ("--tracking-uri", store.uri, "--experiment", "exp", "--experiment", "two")
+    document = compared(tmp_path, *where)
+    names = [(each["name"], each["seed"]) for each in document["students"]]
+    assert names == [("exp/a-none", 0), ("exp/a-none", 1), ("b-none", 0), ("two/a-none", 0)]
+    assert {(pair["student"], pair["baseline"]) for pair in document["paired"]} == {("exp/a-none", "two/a-none")}
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == document
+    few = compared(tmp_path, *where, "--filter", "tags.`handstill.seed` = '1'")
+    assert [(each["name"], each["seed"]) for each in few["students"]] == [("a-none", 1)]
+    kinds = store.client.search_runs([store.experiments["exp"]], "tags.`handstill.kind` = 'comparison'")
+    assert len(kinds) == 2
+    compared(tmp_path, *where)
+    assert len(store.client.search_runs([store.experiments["exp"]], "tags.`handstill.kind` = 'comparison'")) == 2
+    files = {found.path for found in store.client.list_artifacts(kinds[0].info.run_id)}
+    assert {"report.html", "table.md", "table.tex", "differences.csv", "comparison.json", "figures"} <= files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--filter", "tags.x = 1 and or"), "MLflow does not understand it"),
+        (("--filter", "tags.x = 'y'"), "has no finished student that"),
+        (("--experiment", "three"), "no experiment 'three'"),
+    ],
+)
+def test_what_cannot_be_compared_is_the_users_mistake(
+    store: Store, tmp_path: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    answer = compared(tmp_path, "--tracking-uri", store.uri, "--experiment", "exp", *arguments, code=2)
+    assert told in answer["error"]
+
+
+def test_without_a_configuration_the_server_and_the_experiment_are_to_be_named(tmp_path: Path) -> None:
+    assert "none.yaml" in compared(tmp_path, "--experiment", "exp", code=2)["error"]
+    answer = handstill("compare", "-c", str(tmp_path / "none.yaml"), "--out", str(tmp_path))
+    assert (answer.code, "--experiment" in answer.err) == (2, True)
+
+
+def test_the_winner_of_a_real_run_is_promoted_by_compare_and_not_by_run(lab: Lab) -> None:
+    gate = {"dataset": "val", "baseline": "models:/tiny@champion", "limit": 10_000.0}
+    lab.configure({"compare.gate": gate, "compare.promote": {}})
+    lab.run()
+    target = TrackingTarget(f"sqlite:///{lab.workdir / 'mlflow.db'}", "tiny")
+    assert version_behind(target, Alias("tiny", "champion")) is None
+    first = as_json(lab.config, "compare")["gate"]
+    assert first["promoted"]["version"] == version_behind(target, Alias("tiny", "champion")) == "1"
+    assert "There is no models:/tiny@champion yet" in first["sentences"][0]
+    again = as_json(lab.config, "compare")["gate"]
+    assert again["promoted"]["sentence"].endswith("already, version 1.")
+    lab.configure({"compare.gate": gate | {"limit": 0.0}})
+    answer = handstill("compare", "-c", lab.config)
+    assert answer.code == 1
+    assert "gate: FAILED" in answer.out
+    assert version_behind(target, Alias("tiny", "champion")) == "1"
+    client = MlflowClient(tracking_uri=target.uri)
+    (version,) = client.search_model_versions("name = 'tiny'")
+    assert version.tags["handstill.kind"] == "student"
+    assert "passes the limit" in version.description
+    report = (lab.workdir / "report" / "report.html").read_text()
+    assert "The gate is failed." in report
+    assert "mlflow artifacts download -r" in report, "each run says how to have it again"
