@@ -169,6 +169,7 @@ def _promote(comparison: Comparison, target: TrackingTarget, alias: Any, before:
 
 def _write(comparison: Comparison, folder: Path, target: TrackingTarget) -> None:
     """The report's files, and a run of MLflow that has them: one a comparison, however often it is made."""
+    from pipeline.mlflow_views import keep_views
     from pipeline.run_log import log_files
     from trainer.report import COMPARISON_JSON, TABLE_MD, write_report
 
@@ -183,6 +184,7 @@ def _write(comparison: Comparison, folder: Path, target: TrackingTarget) -> None
         "mlflow.note.content": (folder / TABLE_MD).read_text(encoding="utf-8"),
     }
     values = {"gate/passed": float(comparison.passed)} if document["gate"]["checks"] else {}
+    keep_views(target, document)
     log_files(target, f"comparison of {len(document['by_student'])} students", identity, tags, values, files)
 
 

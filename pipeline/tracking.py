@@ -59,6 +59,10 @@ _LATER_HTTP = (401, 403, 408, 425, 429)
 _environment = threading.Lock()
 
 
+EXPERIMENT_KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
+"""A tag of the experiment: without it MLflow's page takes it for a chat bot's, and shows traces and judges."""
+
+
 class UnreachableError(Exception):
     """The store does not answer, or not now; the same may be sent again later."""
 
@@ -148,7 +152,9 @@ class Tracker:
         found = self._client.get_experiment_by_name(self.target.experiment)
         if found is None:
             try:
-                return self._client.create_experiment(self.target.experiment, artifact_location=self.target.artifacts)
+                return self._client.create_experiment(
+                    self.target.experiment, artifact_location=self.target.artifacts, tags={EXPERIMENT_KIND: TRAINING}
+                )
             except MlflowException as error:
                 found = self._client.get_experiment_by_name(self.target.experiment)
                 if found is None:  # else another process made it just now

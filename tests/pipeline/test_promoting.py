@@ -107,6 +107,14 @@ def test_other_experiments_are_compared_without_a_configuration(store: Store, tm
     assert len(kinds) == 2
     compared(tmp_path, *where)
     assert len(store.client.search_runs([store.experiments["exp"]], "tags.`handstill.kind` = 'comparison'")) == 2
+    tags = store.client.get_experiment(store.experiments["exp"]).tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(tags["mlflow.sharedViewState.handstill-scores"])
+    state = json.loads(view["state"])
+    assert (view["name"], state["orderByKey"]) == ("Scores and speed", "metrics.`val/pa_mpjpe_mm`")
+    assert {"metrics.`val/f5`", "metrics.`fps`", "tags.`handstill.strategy`"} <= set(state["selectedColumns"])
+    shown = store.client.search_runs([store.experiments["exp"]], state["searchFilter"])
+    assert {run.data.tags["handstill.kind"] for run in shown} == {"student"}, "what the view asks MLflow understands"
     files = {found.path for found in store.client.list_artifacts(kinds[0].info.run_id)}
     assert {"report.html", "table.md", "table.tex", "differences.csv", "comparison.json", "figures"} <= files
 
