@@ -137,7 +137,7 @@ def _is_architecture(key: str) -> bool:
 def _ordered(groups: Mapping[str, Group], a: str, b: str) -> tuple[str, str]:
     """The one that is held against the other first: what distils more against what distils less."""
     ranks = {"none": 0, "outputs": 1, "features": 2, "hybrid": 3}
-    first, second = (ranks.get(groups[name][0].strategy, 0) for name in (a, b))
+    first, second = (ranks.get(groups[name][0].strategy, 1) for name in (a, b))
     return (a, b) if first >= second else (b, a)
 
 
