@@ -172,16 +172,18 @@ def _write(comparison: Comparison, folder: Path, target: TrackingTarget) -> None
     from pipeline.mlflow_views import keep_views
     from pipeline.run_log import log_files
     from trainer.report import COMPARISON_JSON, TABLE_MD, write_report
+    from trainer.report_tables import warnings
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / IDENTITY).unlink(missing_ok=True)
     files = write_report(comparison, folder)
     document = comparison.document
     identity = digest_of(json.loads((folder / COMPARISON_JSON).read_text(encoding="utf-8")))
+    scores, *_ = (folder / TABLE_MD).read_text(encoding="utf-8").partition("\n\n")
     tags = {
         "handstill.kind": "comparison",
         "handstill.identity": identity,
-        "mlflow.note.content": (folder / TABLE_MD).read_text(encoding="utf-8"),
+        "mlflow.note.content": "\n\n".join([*document["gate"]["sentences"], *warnings(document), scores]),
     }
     values = {"gate/passed": float(comparison.passed)} if document["gate"]["checks"] else {}
     keep_views(target, document)

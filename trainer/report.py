@@ -20,18 +20,25 @@ from trainer import report_figures as figures
 from trainer import report_tables as tables
 from trainer.compare import Comparison, Document, headline
 from trainer.config import METRIC_TITLES
-from trainer.report_cases import cases_html, picture_html
+from trainer.report_cases import cases_html, picture_html, sheet_png
 from trainer.report_page import SECTION_NOTES, details, figure_html, page, paragraph, table_html
 from trainer.report_tables import Rows
 
-REPORT_HTML, TABLE_MD, COMPARISON_JSON, FIGURES = "report.html", "table.md", "comparison.json", "figures"
+REPORT_HTML, TABLE_MD, COMPARISON_JSON, FIGURES, CASES = (
+    "report.html",
+    "table.md",
+    "comparison.json",
+    "figures",
+    "cases",
+)
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     """Write all files, replacing those of an earlier comparison; their paths."""
-    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-    for old in (folder / FIGURES).glob("*.svg"):
-        old.unlink()
+    for inner, kind in ((FIGURES, "*.svg"), (CASES, "*.png")):
+        (folder / inner).mkdir(parents=True, exist_ok=True)
+        for old in (folder / inner).glob(kind):
+            old.unlink()
     document, notes = comparison.document, tables.warnings(comparison.document)
     files: dict[str, str] = {}
     for name, rows in _tables(document).items():
@@ -43,9 +50,19 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     files |= {f"{FIGURES}/{name}.svg": svg for name, (svg, _) in drawn.items()}
     files[COMPARISON_JSON] = json.dumps(document, indent=1)
     files[REPORT_HTML] = _html(comparison, drawn, notes)
-    for name, text in files.items():
-        write_bytes_atomic(folder / name, text.encode())
-    return [folder / name for name in files]
+    written = {name: text.encode() for name, text in files.items()} | _case_pictures(comparison)
+    for name, data in written.items():
+        write_bytes_atomic(folder / name, data)
+    return [folder / name for name in written]
+
+
+def _case_pictures(comparison: Comparison) -> dict[str, bytes]:
+    """The samples of the page as pictures, for MLflow's pages, which show those."""
+    return {
+        f"{CASES}/{dataset}-{at:02d}-{'worst' if case.worst else 'best'}.png": sheet_png(case)
+        for dataset, cases in comparison.cases.items()
+        for at, case in enumerate(cases)
+    }
 
 
 def _tables(document: Document) -> dict[str, Rows]:
@@ -121,10 +138,9 @@ def _gate_html(gate: Document) -> str:
         f"<li class={'passed' if check['passed'] else 'failed'}>{html.escape(check['sentence'])}</li>"
         for check in gate["checks"]
     ]
-    told = [s for s in gate["sentences"] if s not in {check["sentence"] for check in gate["checks"]}]
-    promoted = gate.get("promoted")
-    end = "" if promoted is None else paragraph(promoted["sentence"])
-    first = "".join(paragraph(line) for line in told)
+    end = paragraph(gate["promoted"]["sentence"]) if "promoted" in gate else ""
+    apart = [*(check["sentence"] for check in gate["checks"]), gate.get("promoted", {}).get("sentence")]
+    first = "".join(paragraph(line) for line in gate["sentences"] if line not in apart)
     return f"<p class='verdict {word}'>The gate is {word}.</p>{first}<ul>{''.join(lines)}</ul>{end}"
 
 
