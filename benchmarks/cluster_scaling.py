@@ -38,7 +38,8 @@ from pipeline.config import ClusterConfig
 from pipeline.events import EventTail
 from pipeline.progress import views_progress
 from pipeline.sharing import ShardClaims
-from pipeline.teachers import TeacherSettings, teach_all
+from pipeline.teacher_actor import TeacherSettings
+from pipeline.teachers import teach_all
 from pipeline.usage import processor_seconds
 from pipeline.workdir import Workdir, claim_of, lease
 from stages.answers import Forward

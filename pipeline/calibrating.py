@@ -20,7 +20,8 @@ from pipeline.calibrations import calibration_folder, calibration_key, codec_of_
 from pipeline.events import append_event, told
 from pipeline.experiment import Experiment
 from pipeline.progress import views_progress
-from pipeline.teachers import TeacherSettings, teach_all
+from pipeline.teacher_actor import TeacherSettings
+from pipeline.teachers import teach_all
 from pipeline.workers import ray_session
 from stages.calibrate import JobTokens, fit, job_tokens, tokens_a_view
 from stages.preparation import ShardJob

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from pipeline.logs import forwarding, set_up_logging, write_line
+from pipeline.stopping import NOTICE
 from storage.errors import DamageError, InputError, WorkError
 
 STAGE_NAMES = ("synthesise", "ingest", "teach", "train", "evaluate", "compare")
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def on_sigterm(number: int, _frame: FrameType | None) -> None:
         """Leave as after Ctrl-C, so that what was begun is ended and Ray's processes stop with us."""
         stopped_by.append(signal.Signals(number))  # Ray may raise a KeyboardInterrupt of its own in place of ours
-        raise KeyboardInterrupt
+        if not NOTICE.give():
+            raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         cause = stopped_by[0] if stopped_by else signal.SIGINT
         return _failed(arguments, f"stopped by {cause.name}; {arguments.afterwards}", 128 + cause)
+    finally:
+        NOTICE.forget()
 
 
 class UsageError(Exception):

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from stages.config import AuditConfig, DatasetConfig, SynthesiseConfig, TeacherConfig
@@ -58,8 +58,21 @@ class ClusterConfig(Section):
     """The nodes' interpreter for a submitted job, with the dependencies installed."""
     max_retries: int = Field(default=3, ge=0)
     """How often a unit of work whose worker died is given to another."""
+    shard_timeout_s: float | Literal["auto"] = Field(default="auto")
+    """A teacher that works longer on one shard hangs: it is killed and the shard given to another. auto: ten times the
+    slowest of this run so far, by its views, and never less than five minutes (pipeline/patience.py)."""
+    stop_within_s: float = Field(default=25.0, ge=1)
+    """After SIGTERM, the notice of a spot instance or of Kubernetes, the run is over within this time: shards that can
+    be finished are, the others are left for the next run. Less than the 30 s that both give."""
     max_gpu_hours: float | None = Field(default=None, gt=0)
     """A run whose plan costs more stops before it starts."""
+
+    @field_validator("shard_timeout_s")
+    @classmethod
+    def _lasts(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and value <= 0:
+            raise ValueError("want auto, or seconds above 0")
+        return value
 
 
 def _is_web_address(url: SecretStr) -> SecretStr:

@@ -25,6 +25,7 @@ from pipeline.referring import refer
 from pipeline.retention import cut_events
 from pipeline.sharing import using
 from pipeline.spool import unfinished_spools
+from pipeline.stopping import NOTICE
 from pipeline.summary import RunSummary, kind_of, told_of
 from pipeline.synthesising import plan_synthesise, run_synthesise
 from pipeline.teaching import plan_teach, run_teach
@@ -88,6 +89,7 @@ def run_all(experiment: Experiment, last: str | None, summary: RunSummary) -> di
 
 
 def _run_all(experiment: Experiment, last: str | None, summary: RunSummary) -> dict[str, StageResult]:
+    NOTICE.within_s = experiment.config.cluster.stop_within_s
     stages = stages_until(experiment, last)
     plans = plan_all(experiment, last)
     if any(plan.todo for plan in plans.values()):

@@ -28,7 +28,8 @@ from pipeline.plan import Reason, StagePlan, StageResult, count_reasons
 from pipeline.progress import views_progress
 from pipeline.referring import refer
 from pipeline.sharing import ShardClaims, only_one, writing
-from pipeline.teachers import TeacherSettings, teach_all
+from pipeline.teacher_actor import TeacherSettings
+from pipeline.teachers import teach_all
 from pipeline.workdir import claim_of
 from pipeline.workers import ray_session
 from stages.preparation import ShardJob

@@ -232,3 +232,27 @@ def is_death(error: WorkError) -> bool:
     from ray.exceptions import RayError, RayTaskError
 
     return isinstance(error.__cause__, RayError) and not isinstance(error.__cause__, RayTaskError)
+
+
+def is_lost_node(error: WorkError) -> bool:
+    """Whether a worker was lost with its node, or cannot be reached: taken away, crashed, cut off.
+
+    A worker that dies on a node that lives is reported by that node. Of one whose node is gone Ray knows only that the
+    connection broke, until it has given the node up, some ten seconds later.
+    """
+    from ray.exceptions import ActorUnavailableError
+
+    gone = isinstance(error.__cause__, ActorUnavailableError)
+    return is_death(error) and (gone or any(words in str(error.__cause__) for words in _LOST_NODE))
+
+
+def is_out_of_memory(error: WorkError) -> bool:
+    """Whether Ray's memory monitor killed the worker; what the kernel kills looks like any other death."""
+    from ray.exceptions import OutOfMemoryError
+
+    return isinstance(error.__cause__, OutOfMemoryError) or _LOW_MEMORY in str(error.__cause__)
+
+
+_LOST_NODE = ("node has died", "node it was running on is dead", "node was")
+_LOW_MEMORY = "running low on memory"
+"""Ray 2.60's words; it gives no type for either to an actor's death."""

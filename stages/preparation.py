@@ -91,6 +91,8 @@ class ShardJob:
     """A file that gets one line of JSON when the shard is begun and one when it is committed; no output."""
     told: Mapping[str, Any] = field(default_factory=dict)
     """What these lines say besides: which run and stage, where."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Samples that are not to be touched, because whoever does dies of it; sample id -> reason."""
 
     @property
     def sample_ids(self) -> list[str]:
@@ -151,6 +153,9 @@ def _samples(job: ShardJob) -> Iterator[Iterator[PreparedView] | Quarantined]:
     last_place: tuple[Any, ...] = ()
     photo: NDArray[np.uint8] | None = None
     for row in job.rows.to_pylist():
+        if row["sample_id"] in job.left_out:
+            yield Quarantined(row["sample_id"], job.left_out[row["sample_id"]])
+            continue
         place = (row["source"], row["image_path"], row["image_offset"])
         if place != last_place:  # hands of one photograph follow each other
             last_place, photo = place, decode(read_photo(row, job.base))

@@ -48,6 +48,7 @@ __all__ = [
     "prepared_batches",
     "publish_shard",
     "recheck_rows",
+    "rehearse_shard",
     "teach_identity",
     "teach_shard",
     "teacher_forward",
@@ -107,6 +108,15 @@ def teach_shard(
     """
     written = write_shard(job, batches, forward, provenance)
     return written if isinstance(written, ShardRecord) else publish_shard(job, written)
+
+
+def rehearse_shard(
+    job: ShardJob, batches: Iterable[PreparedBatch], forward: Forward, provenance: Mapping[str, Any]
+) -> None:
+    """All of `teach_shard` but the publishing: what kills a worker that teaches this job kills one here."""
+    written = write_shard(job, batches, forward, provenance)
+    if isinstance(written, WrittenShard):
+        remove_tree(written.partial)
 
 
 @dataclass(frozen=True)

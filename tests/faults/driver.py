@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,8 @@ class Driver:
 
     config: Path
     arguments: tuple[str, ...] = ("run",)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Beside this process's own."""
     seen: int = 0
     """Lines of the event log that `wait_for` has gone past."""
     process: subprocess.Popen[bytes] = field(init=False)
@@ -37,7 +39,7 @@ class Driver:
                 [sys.executable, "-m", "pipeline.cli", "-c", str(self.config), *self.arguments],
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                env=environment | {"OMP_NUM_THREADS": "1"},
+                env=environment | {"OMP_NUM_THREADS": "1"} | dict(self.environment),
                 start_new_session=True,
                 # a shell's background jobs, tests among them, hand down that SIGINT is to be ignored
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -114,9 +116,9 @@ class Driver:
             send(event["pid"], signal.SIGCONT)
 
 
-def run(config: Path, *arguments: str) -> tuple[int, str]:
+def run(config: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
     """A command from start to end: its exit code and what it said."""
-    with Driver(config, arguments or ("run",)) as driver:
+    with Driver(config, arguments or ("run",), environment or {}) as driver:
         return driver.finish(), driver.said
 
 
@@ -165,6 +167,13 @@ def is_worker(pid: int) -> bool:
         return alive(pid) and (Path("/proc") / str(pid) / "cmdline").read_bytes().startswith(b"ray::")
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def sick(*sicknesses: Mapping[str, Any]) -> dict[str, str]:
+    """The environment in which a run's processes fall ill; see sick/sitecustomize.py."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here / "sick"), str(here.parents[1])])
+    return {"PYTHONPATH": path, "SICKNESS": json.dumps(sicknesses)}
 
 
 class LateWorker:

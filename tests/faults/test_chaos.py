@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.chaos import Chaos
 from tests.faults.driver import Driver, run, send, workers_of
 from tests.faults.experiment import beside, leftovers, prepare, results
 
@@ -28,6 +29,14 @@ def calm(tmp_path: Path) -> Path:
     code, said = run(config)
     assert code == 0, said
     return config
+
+
+def test_everything_is_killed_on_a_cluster(tmp_path: Path) -> None:
+    """Drivers, teachers, decoders, raylets, nodes and heads, twice each: a quarter of an hour. For longer: chaos.py."""
+    chaos = Chaos(tmp_path, seed=0)
+    chaos.until(minutes=0, kills=2)
+    assert min(chaos.state.kills.values()) >= 2
+    assert chaos.state.rounds >= 1
 
 
 @pytest.mark.parametrize("seed", [0])

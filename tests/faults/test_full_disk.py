@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from storage.cache import CacheFolder
 from storage.verification import verify_shard
-from tests.faults.driver import run, workdir_of
+from tests.faults.driver import Driver, read_events, run, workdir_of
 from tests.faults.experiment import beside, cache_of, leftovers, prepare
 from tests.stages import teaching
 
@@ -84,3 +86,46 @@ def test_a_disk_that_may_not_be_written_to_is_the_users_to_change(small_disk: Pa
     assert code == 2
     assert f"cannot write to {small_disk / 'work'}: Read-only file system" in said
     assert "Traceback" not in said
+
+
+@pytest.fixture
+def freeze() -> Iterator[Callable[[Path], None]]:
+    """Makes folders immutable, which holds for root too: a file system that is in use cannot be made read-only."""
+    frozen: list[Path] = []
+
+    def make_immutable(folder: Path) -> None:
+        done = subprocess.run(["chattr", "+i", str(folder)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"cannot make a folder immutable: {done.stderr.strip()}")
+        frozen.append(folder)
+
+    if shutil.which("chattr") is None:
+        pytest.skip("there is no chattr")
+    yield make_immutable
+    for folder in frozen:
+        subprocess.run(["chattr", "-i", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_workdir_that_turns_read_only_in_the_midst(tmp_path: Path, freeze: Callable[[Path], None]) -> None:
+    """Forty-five seconds: after the first shard none can be published; made writable again, the run goes on."""
+    calm = prepare(tmp_path)
+    assert run(calm, "run", "teach")[0] == 0
+    config = beside(calm, "frozen")
+    with Driver(config, ("run", "teach")) as driver:
+        first = driver.wait_for("shard_committed")["unit"]
+        (shards,) = [path.parent for path in workdir_of(config).glob(f"cache/*/shards/{first}.zarr")]
+        freeze(shards)
+        code, said = driver.finish(), driver.said
+    if code == 0:
+        pytest.skip("the run was done before the folder was immutable")
+    assert code == 1
+    assert "Operation not permitted" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    subprocess.run(["chattr", "-i", str(shards)], check=True)
+    code, said = run(config, "run", "teach")
+    assert code == 0, said
+    assert cache_of(config) == cache_of(calm)
+    assert leftovers(config) == []
+    committed = Counter(event["unit"] for event in read_events(config) if event["event"] == "shard_committed")
+    assert set(committed.values()) == {1}

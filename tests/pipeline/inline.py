@@ -15,7 +15,7 @@ import pytest
 from pipeline import calibrating, evaluating, ingesting, run, synthesising, teaching, training
 from pipeline.config import ClusterConfig
 from pipeline.events import append_event
-from pipeline.teachers import TeacherActor, TeacherSettings, Work
+from pipeline.teacher_actor import TeacherActor, TeacherSettings, Work
 from pipeline.workdir import Claim
 from pipeline.workers import Resources
 from stages.config import WorkersConfig

@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 
 from pipeline import teaching
 from pipeline.experiment import Experiment
-from pipeline.teachers import TeacherSettings, load_from_checkpoint
+from pipeline.teacher_actor import TeacherSettings, load_from_checkpoint
 from stages.answers import Forward
 from storage.reading import open_cache
 from storage.snapshots import read_head
