@@ -174,7 +174,9 @@ class _Reporter:
 
     def on_start(self, params: Mapping[str, Any]) -> None:
         self._run.params(params)
-        self._run.artifact(self._unit.run.folder / PIPELINE_YAML, "configuration", once="configuration")
+        configuration = self._unit.run.folder / PIPELINE_YAML
+        if configuration.is_file():  # not of a unit that was begun by an earlier version
+            self._run.artifact(configuration, "configuration", once="configuration")
         append_event(self._unit.events, "train_started", unit=self._unit.label, mlflow_run=self._run.run_id)
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
