@@ -144,6 +144,7 @@ def test_scores_wait_for_the_store_and_are_not_computed_again(lab: Lab, monkeypa
     assert "is scored, and MLflow at" in answer.err
     scored = list(lab.workdir.glob("evaluations/*/*/evaluation.json"))
     written = {path: path.stat().st_mtime_ns for path in scored}
+    lab.configure({"tracking.patience_s": 30.0})
     assert lab.run().scored == ["hybrid", "plain", "teacher"]
     assert {path: path.stat().st_mtime_ns for path in scored} == written
     client = client_of(lab)
