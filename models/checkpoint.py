@@ -34,6 +34,7 @@ from storage.unpickling import (
 
 _ZIP_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _MAX_DESCRIPTION_BYTES = 256 * 2**20  # data.pkl of HaMeR's checkpoint with its optimisers is under 1 MB
+_DEEPEST_STATE = 32  # an optimiser's is five deep
 
 _STORAGES = {
     "Float": torch.float32,
@@ -172,6 +173,30 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"{'no tensor' if strays else 'empty'}. Wanted a Lightning checkpoint, with `state_dict` in it."
         )
     return {str(name): archive.tensor(record) for name, record in state.items()}
+
+
+def read_training_state(path: Path) -> dict[Any, Any]:
+    """What torch.save wrote of a training: dictionaries, lists and tuples of tensors, numbers and text.
+
+    Its tensors are copies of their own. Raises InputError as `read_checkpoint` does.
+    """
+    archive = _Archive(path)
+    found: dict[Any, Any] = _with_tensors(archive.description(), archive, 0)
+    return found
+
+
+def _with_tensors(value: Any, archive: _Archive, depth: int) -> Any:
+    if depth > _DEEPEST_STATE:
+        raise InputError(f"{archive.path}: values inside of values, more than {_DEEPEST_STATE} deep.")
+    if isinstance(value, _TensorRecord):
+        return archive.tensor(value).clone()
+    if isinstance(value, dict):
+        return {key: _with_tensors(item, archive, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tensors(item, archive, depth + 1) for item in value)
+    if value is None or isinstance(value, int | float | str):
+        return value
+    raise InputError(f"{archive.path}: holds {type(value).__name__}, wanted tensors, numbers and text.")
 
 
 class _Archive:

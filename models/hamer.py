@@ -21,6 +21,7 @@ from models.sizes import DecoderSizes, VitSizes
 from models.vit import Vit
 from storage.config import Section
 from storage.errors import InputError
+from storage.safe_yaml import read_yaml, shown
 
 
 class HamerConfig(Section):
@@ -41,7 +42,7 @@ class HamerConfig(Section):
         kind = _look_up(tree, "MODEL.BACKBONE.TYPE")
         if kind != "vit":
             raise InputError(
-                f"{path}: MODEL.BACKBONE.TYPE: found {kind!r}, and HaMeR's network is only 'vit'. A student of "
+                f"{path}: MODEL.BACKBONE.TYPE: found {shown(kind)}, and HaMeR's network is only 'vit'. A student of "
                 "Fast-HaMeR's? models.student.Student.load reads those."
             )
         backbone = _look_up(tree, "MODEL.BACKBONE")
@@ -111,15 +112,15 @@ def _validated(path: Path, what: str, model: type[Model], values: Mapping[str, A
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([what, *(str(part) for part in first["loc"])])
-        raise InputError(f"{path}: {where}: found {first['input']!r}: {first['msg']}.") from error
+        raise InputError(f"{path}: {where}: found {shown(first['input'])}: {first['msg']}.") from error
 
 
 def read_model_config(path: Path) -> Mapping[str, Any]:
     """A model_config.yaml as it stands, `${...}` unresolved; InputError when it is not readable as one."""
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable YAML file: {error}") from error
+        tree = read_yaml(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: found {type(tree).__name__}, wanted HaMeR's model configuration (a mapping).")
     return tree
@@ -134,7 +135,7 @@ def _look_up(tree: Any, key: str) -> Any:
 
 def _check(path: Path, key: str, found: Any, wanted: Any) -> None:
     if found != wanted:
-        raise InputError(f"{path}: {key}: found {found!r}, and this network is only {wanted!r}.")
+        raise InputError(f"{path}: {key}: found {shown(found)}, and this network is only {wanted!r}.")
 
 
 def _check_decoder(path: Path, decoder: Any) -> None:

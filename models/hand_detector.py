@@ -9,7 +9,9 @@ The constants are those of MediaPipe's graphs palm_detection_cpu, palm_detection
 from __future__ import annotations
 
 import importlib.util
+import lzma
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +139,7 @@ def _from_source(source: Path) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(source) as archive:
             return {name: _demand(_member(archive, name), name, source) for name in _SHA256}
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise InputError(
             f"--detector: {source} cannot be read as a wheel ({type(error).__name__}: {error}). {how_to_get_it()}"
         ) from None

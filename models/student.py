@@ -128,11 +128,12 @@ class Student(nn.Module):
             wanted = "a folder students/<name>/seed-<n>/<identity>/student"
             raise InputError(f"{folder}: no student: {', '.join(absent)} missing. Wanted {wanted}.")
         try:
-            stored = _StoredSpec.model_validate_json((folder / _SPEC_FILE).read_text())
+            stored = _StoredSpec.model_validate_json((folder / _SPEC_FILE).read_bytes())
             weights = load_safetensors(folder / _WEIGHTS_FILE)
             hand_model = load_hand_model(folder / HAND_FILE)
         except (ValidationError, SafetensorError, InputError) as error:
             raise DamageError(f"{folder}: not readable as a student: {error}. Train it again: handstill run") from error
+        _check_weights(stored.spec, hand_model, weights, folder)
         student = cls(stored.spec, hand_model)
         _load_strictly(student, weights, folder)
         return student.eval()
@@ -141,6 +142,19 @@ class Student(nn.Module):
 class _StoredSpec(Section):
     format_version: Literal[1] = 1
     spec: StudentSpec
+
+
+def _check_weights(spec: StudentSpec, hand_model: HandModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """Whether the weights are of the network that the specification names, before that takes any memory."""
+    with torch.device("meta"):
+        wanted = Student(spec, hand_model).state_dict()
+    learnt = {name: tuple(value.shape) for name, value in wanted.items() if not name.startswith("mano.")}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if odd := sorted(name for name in learnt.keys() | found.keys() if learnt.get(name) != found.get(name)):
+        raise DamageError(
+            f"{folder}: the weights are of another network: {odd[0]} is {found.get(odd[0], 'missing')}, "
+            f"wanted {learnt.get(odd[0], 'none')}. Train it again."
+        )
 
 
 def _load_strictly(student: Student, weights: dict[str, Tensor], folder: Path) -> None:

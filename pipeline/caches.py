@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import yaml
 
 from models.hand_model import OPEN_HAND, OPEN_HAND_FILE
 from models.model_config import model_config_path
@@ -28,6 +27,7 @@ from storage.cache import CacheFolder, fingerprint
 from storage.errors import DamageError, InputError
 from storage.ledger import ShardRecord
 from storage.manifest import ShardPlan, read_manifest, shards_of
+from storage.safe_yaml import read_yaml
 from storage.snapshots import build_snapshot, read_head, snapshot_digest
 from storage.verification import damaged_shards, verify_shard
 
@@ -199,13 +199,13 @@ def _settings(experiment: Experiment, role: Role) -> TeachSettings:
 def _model_config(path: Path) -> dict[str, Any]:
     """The parts of model_config.yaml that shape the network; the rest may change without a new cache."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = read_yaml(path)
         model = {key: value for key, value in document["MODEL"].items() if key != "BACKBONE"}
         backbone = {key: value for key, value in document["MODEL"]["BACKBONE"].items() if key != "PRETRAINED_WEIGHTS"}
         return {"MODEL": model | {"BACKBONE": backbone}, "FOCAL_LENGTH": document["EXTRA"]["FOCAL_LENGTH"]}
     except OSError as error:
         raise InputError(f"teacher.checkpoint: cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: want HaMeR's model_config.yaml with MODEL.BACKBONE and EXTRA.FOCAL_LENGTH; {error!r}"
         ) from None

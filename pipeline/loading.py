@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.config import PipelineConfig, did_you_mean, disagreements
 from storage.errors import InputError
+from storage.safe_yaml import BoundedLoader, read_yaml, shown
 
 _REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
 
@@ -21,7 +22,7 @@ FORMATS = ("hamer_tar", "hamer_npz")
 _TYPES = ("int", "float", "str")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """Safe YAML with the scalars of YAML 1.2, in which a key given twice is an error.
 
     PyYAML reads YAML 1.1, where the key `on` is the boolean true and `1e-4` is text.
@@ -35,8 +36,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"line {line}: a key that is no word")
             if key_node.value in seen:
-                line = key_node.start_mark.line + 1
                 raise yaml.constructor.ConstructorError(None, None, f"line {line}: key {key_node.value!r} stands twice")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
@@ -66,16 +69,12 @@ def load_config(path: Path) -> PipelineConfig:
 def read_document(path: Path) -> dict[str, Any]:
     """The file as plain values, not looked at yet. Raises InputError where it is missing or no YAML mapping."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        document = read_yaml(path, _Loader)
+    except OSError as error:
         raise InputError(
-            f"cannot read the configuration {path}: {reason}\nGive another with -c FILE, or change into its folder."
+            f"cannot read the configuration {path}: {error.strerror or error}\n"
+            "Give another with -c FILE, or change into its folder."
         ) from None
-    try:
-        document = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: found {type(document).__name__}, want a mapping that starts with schema_version: 1")
     return document
@@ -114,8 +113,8 @@ def _explain(item: ErrorDetails) -> list[str]:
         found = item["ctx"]["tag"]
         return [f"{dotted}.format: found {found!r}, want {' or '.join(FORMATS)}{did_you_mean(found, FORMATS)}"]
     if item["type"] in ("dict_type", "model_type", "model_attributes_type"):
-        return [f"{dotted}: want a mapping of keys to values; found {_short(item['input'])}"]
-    return [f"{dotted}: {item['msg']}; found {_short(item['input'])}{_near_choice(item)}"]
+        return [f"{dotted}: want a mapping of keys to values; found {shown(item['input'])}"]
+    return [f"{dotted}: {item['msg']}; found {shown(item['input'])}{_near_choice(item)}"]
 
 
 def _near_choice(item: ErrorDetails) -> str:
@@ -134,11 +133,6 @@ def _without_union_members(location: Sequence[int | str]) -> list[int | str]:
     if len(parts) > 1 and (parts[-1] in _TYPES or str(parts[-1]).startswith(("literal[", "list[", "[key]"))):
         del parts[-1]
     return parts
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:

@@ -130,7 +130,7 @@ def check_box(annotation: HandAnnotation, width: int, height: int) -> None:
 def _numbers(hand: Mapping[str, Any], name: str, shape: tuple[int, ...], kind: type[Any]) -> npt.NDArray[Any]:
     if name not in hand:
         raise UnusableError(f"bad-label: it has no {name}")
-    value = np.asarray(hand[name]) if not isinstance(hand[name], list | tuple) else _array_of(hand[name], name)
+    value = _array_of(hand[name], name)
     if value.dtype.kind not in "biuf":
         raise UnusableError(f"bad-label: {name} holds {value.dtype.name}, wanted numbers")
     if value.shape != shape:
@@ -144,14 +144,14 @@ def _numbers(hand: Mapping[str, Any], name: str, shape: tuple[int, ...], kind: t
 
 def _array_of(value: Any, name: str) -> npt.NDArray[Any]:
     try:
-        return np.array(value)
+        return np.asarray(value)
     except ValueError as error:  # lists of unequal length
         raise UnusableError(f"bad-label: {name} is no array") from error
 
 
 def _flag(hand: Mapping[str, Any], name: str) -> float:
     """0 or 1, stored as a number, or as an array of one."""
-    flat = {name: np.asarray(hand[name]).reshape(-1)} if name in hand else {}
+    flat = {name: _array_of(hand[name], name).reshape(-1)} if name in hand else {}
     value = float(_numbers(flat, name, (1,), np.float32)[0])
     if value not in (0.0, 1.0):
         raise UnusableError(f"bad-label: {name} is {value:g}, wanted 0 or 1")
@@ -166,6 +166,5 @@ def _reprojection_loss(extra_info: Any) -> float | None:
     loss = fitting.get("reprojection_loss") if isinstance(fitting, dict) else None
     if loss is None:
         return None
-    return float(
-        _numbers({"reprojection_loss": np.asarray(loss).reshape(-1)}, "reprojection_loss", (1,), np.float64)[0]
-    )
+    flat = {"reprojection_loss": _array_of(loss, "reprojection_loss").reshape(-1)}
+    return float(_numbers(flat, "reprojection_loss", (1,), np.float64)[0])

@@ -151,14 +151,17 @@ def _read_truth(configured: str | None, key: str, base: Path, size: int) -> Floa
         return None
     path = path_from(configured, base)
     try:
-        truth = np.asarray(json.loads(path.read_bytes()), np.float32)
+        with np.errstate(over="ignore"):  # becomes inf, which is refused below
+            truth = np.asarray(json.loads(path.read_bytes()), np.float32)
     except OSError as error:
         raise InputError(f"{key}: {path} cannot be read ({error.strerror}).") from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{key}: {path} is no JSON list of equal lists of points ({str(error)[:120]}).") from error
     points = "21 x 3" if key == "truth_xyz" else "V x 3"
     if truth.ndim != 3 or truth.shape[2] != 3 or (key == "truth_xyz" and truth.shape[1] != 21) or len(truth) != size:
         raise InputError(
             f"{key}: {path} has shape {truth.shape}, wanted {size} x {points}: one entry a row of the npz."
         )
+    if not np.isfinite(truth).all():
+        raise InputError(f"{key}: {path} holds values that are not finite.")
     return truth.reshape(size, -1)

@@ -14,11 +14,12 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from storage.errors import DamageError
+from storage.errors import DamageError, InputError
 
 READ_SIZE_BYTES = 1 << 20
 """Files are hashed in pieces of this size, so that hashing takes no memory to speak of."""
@@ -134,6 +135,20 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     return parse_sealed_json(path.read_bytes(), str(path))
 
 
+@contextmanager
+def of_this_format(name: str) -> Iterator[None]:
+    """Whatever fails here over a document whose bytes are sealed and whose content is not ours, as a DamageError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, AssertionError) as error:
+        raise DamageError(
+            f"{name} is damaged: its content is not of this format ({type(error).__name__}: {str(error)[:120]}); "
+            "run `handstill verify`, then `handstill run`"
+        ) from error
+
+
 def parse_sealed_json(data: bytes, name: str) -> dict[str, Any]:
     """The document in `data`, every byte checked; DamageError, naming `name`, when one is not as written."""
     found = _SEAL.search(data)
@@ -142,5 +157,8 @@ def parse_sealed_json(data: bytes, name: str) -> dict[str, Any]:
     body = data[: found.start()] + b"\n}\n"
     if sha256_bytes(body) != found.group(1).decode():
         raise DamageError(f"{name} is damaged: its bytes are not those that were sealed; run `handstill verify`")
-    document: dict[str, Any] = json.loads(body)
+    try:
+        document: dict[str, Any] = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{name} is damaged: it is sealed and no JSON ({error}); run `handstill verify`") from error
     return document

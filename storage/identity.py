@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import layout
-from storage.durable import canonical_json, read_sealed_json, sha256_bytes, sha256_file
+from storage.durable import canonical_json, of_this_format, read_sealed_json, sha256_bytes, sha256_file
 from storage.errors import DamageError, InputError
 
 CACHE_JSON = "cache.json"
@@ -34,10 +34,10 @@ def cache_document(identity: Mapping[str, Any], attachments: Mapping[str, bytes]
 def stored_identity(root: Path) -> dict[str, Any] | None:
     """The identity of a cache of any version of the format, to compare with; None where it is not there or damaged."""
     try:
-        identity: dict[str, Any] = read_sealed_json(root / CACHE_JSON)["identity"]
+        with of_this_format(CACHE_JSON):
+            return dict(read_sealed_json(root / CACHE_JSON)["identity"])
     except (OSError, DamageError):
         return None
-    return identity
 
 
 def read_description(root: Path) -> dict[str, Any]:
@@ -50,14 +50,19 @@ def read_description(root: Path) -> dict[str, Any]:
             f"{root} is not a cache: it has no {CACHE_JSON}. Give a folder that `handstill run teach` made."
         )
     document = read_sealed_json(path)
+    with of_this_format(str(path)):
+        _check_description(root, document)
+    return document
+
+
+def _check_description(root: Path, document: dict[str, Any]) -> None:
     if document["format_version"] != layout.FORMAT_VERSION:
         raise InputError(
             f"{root} is in version {document['format_version']} of the cache format; "
             f"this handstill reads version {layout.FORMAT_VERSION}: run `handstill run` to make a new cache"
         )
     if fingerprint(document["identity"]) != document["fingerprint"] or document["fingerprint"] != root.name:
-        raise DamageError(f"{path} is damaged or was moved: its identity does not give the name of its folder")
-    return document
+        raise DamageError(f"{root / CACHE_JSON} is damaged or was moved: its identity does not give its folder's name")
 
 
 def sound_attachment(path: Path) -> Path:

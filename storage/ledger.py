@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.durable import read_sealed_json, sealed_json, write_bytes_atomic
+from storage.durable import of_this_format, read_sealed_json, sealed_json, write_bytes_atomic
 from storage.errors import DamageError
 
 WITHDRAWN = ".withdrawn"
@@ -93,19 +93,20 @@ def write_record(path: Path, record: ShardRecord) -> None:
 def read_record(path: Path) -> ShardRecord:
     """Read a record and check its seal; DamageError when it is not as written."""
     fields = read_sealed_json(path)
-    if fields["input_hash"] != path.stem:
-        raise DamageError(f"{path} holds the record of another shard ({fields['input_hash']})")
-    return ShardRecord(
-        input_hash=fields["input_hash"],
-        dataset=fields["dataset"],
-        role=fields["role"],
-        samples_in=fields["samples_in"],
-        rows=fields["rows"],
-        quarantined=read_quarantine(fields["quarantined"]),
-        provenance=fields["provenance"],
-        # Interned: all shards have the same sixty names, and the real job's records are all in memory at once.
-        files={sys.intern(name): FileDigest(**digest) for name, digest in fields["files"].items()},
-    )
+    if fields.get("input_hash") != path.stem:
+        raise DamageError(f"{path} holds the record of another shard ({fields.get('input_hash')})")
+    with of_this_format(str(path)):
+        return ShardRecord(
+            input_hash=fields["input_hash"],
+            dataset=fields["dataset"],
+            role=fields["role"],
+            samples_in=fields["samples_in"],
+            rows=fields["rows"],
+            quarantined=read_quarantine(fields["quarantined"]),
+            provenance=fields["provenance"],
+            # Interned: all shards have the same sixty names, and the real job's records are all in memory at once.
+            files={sys.intern(name): FileDigest(**digest) for name, digest in fields["files"].items()},
+        )
 
 
 def withdrawal_path(record_path: Path) -> Path:
@@ -123,5 +124,5 @@ def read_withdrawal(path: Path) -> list[str]:
     """Why a shard lost its record; empty when nothing is noted. DamageError when the note is not as written."""
     if not path.is_file():
         return []
-    why: list[str] = read_sealed_json(path)["why"]
-    return why
+    with of_this_format(str(path)):
+        return [str(reason) for reason in read_sealed_json(path)["why"]]

@@ -131,9 +131,10 @@ def write_manifest(path: Path, table: pa.Table) -> None:
 def read_manifest(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """A manifest, or some of its columns. Raises DamageError for a file that is none."""
     try:
-        return pq.read_table(path, columns=None if columns is None else list(columns), partitioning=None)
-    except (OSError, pa.ArrowException) as error:
+        table = pq.read_table(path, columns=None if columns is None else list(columns), partitioning=None)
+    except _UNREADABLE as error:
         raise _not_readable(path, error) from error
+    return _whole(table, SCHEMA.names if columns is None else columns, path)
 
 
 def read_plan_columns(path: Path) -> pa.Table:
@@ -144,12 +145,28 @@ def read_plan_columns(path: Path) -> pa.Table:
     """
     try:
         with pq.ParquetFile(path, read_dictionary=["dataset", "source"]) as file:
-            return file.read(columns=PLAN_COLUMNS, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
+            table = file.read(columns=PLAN_COLUMNS, use_threads=False)
+    except _UNREADABLE as error:
         raise _not_readable(path, error) from error
+    return _whole(table, PLAN_COLUMNS, path)
 
 
-def _not_readable(path: Path, error: Exception) -> DamageError:
+_UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError)
+"""What pyarrow raises over damaged bytes; a name of a column that is no UTF-8 is a ValueError."""
+
+
+def _whole(table: pa.Table, columns: Sequence[str], path: Path) -> pa.Table:
+    """The table, once it has these columns with their types (a repeated value's as a dictionary or not)."""
+    for name in columns:
+        if name not in table.schema.names:
+            raise _not_readable(path, f"it has no column {name}")
+        found = table.schema.field(name).type
+        if (found.value_type if pa.types.is_dictionary(found) else found) != SCHEMA.field(name).type:
+            raise _not_readable(path, f"its column {name} is {found}, not {SCHEMA.field(name).type}")
+    return table
+
+
+def _not_readable(path: Path, error: Exception | str) -> DamageError:
     return DamageError(f"{path}: not a readable manifest ({error}). Delete it; `handstill run` writes it again.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import lzma
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ _MALFORMED = (
     ValueError,
     EOFError,
     MemoryError,
+    tokenize.TokenError,  # of a header in Python 2's spelling
     RuntimeError,  # an encrypted entry; also NotImplementedError and RecursionError
 )
 """What zipfile and numpy raise over damaged bytes."""

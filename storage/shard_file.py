@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from storage import layout, zarr3
 from storage.codecs import Codec
-from storage.durable import sha256_bytes
+from storage.durable import of_this_format, sha256_bytes
 from storage.errors import DamageError, WorkError
 from storage.ledger import ShardRecord
 from storage.shards import unpadded_ids
@@ -55,7 +55,9 @@ class ShardFile:
         scales = self.small.get(layout.FEATURES_SCALE)
         self.scales: memoryview | None = None if scales is None else scales.reshape(-1).view(np.uint8).data
         """The bytes of all scales, a record's beside the next's."""
-        self.sample_ids = unpadded_ids(self.small[layout.SAMPLE_ID])
+        with of_this_format(str(path / layout.SAMPLE_ID)):
+            self.sample_ids = unpadded_ids(self.small[layout.SAMPLE_ID])
+        self._check_places()
 
     def _has(self, name: str) -> bool:
         return f"{name}/{zarr3.METADATA_NAME}" in self._record.files
@@ -85,7 +87,18 @@ class ShardFile:
         data = self._read(name)
         if sha256_bytes(data) != self._record.files[name].sha256:
             raise self.damaged(name, "its bytes are not those of the ledger")
-        return zarr3.parse_array(data)
+        with of_this_format(str(self.path / name)):
+            return self._checked(array, zarr3.parse_array(data))
+
+    def _checked(self, array: str, metadata: zarr3.ArrayMetadata) -> zarr3.ArrayMetadata:
+        """The metadata, once it is of the kind that this array has, over the rows that the ledger names."""
+        entry = layout.BY_PATH[array]
+        rows = metadata.shape[:1] == (self._record.rows,) or entry.dimensions[0] != "sample"
+        leading = metadata.dimensions[:2] == entry.dimensions[:2]  # the last one's name follows the encoding
+        named = leading and len(metadata.dimensions) == len(metadata.shape) == len(entry.dimensions)
+        if metadata.dtype.name not in entry.dtypes or not named or not rows:
+            raise self.damaged(array, f"it is {metadata.dtype.name} {metadata.shape} {metadata.dimensions}")
+        return metadata
 
     def _whole(self, array: str) -> NDArray[Any]:
         metadata = self._metadata[array]
@@ -94,7 +107,8 @@ class ShardFile:
         body = data[: -zarr3.CRC_BYTES]
         if zarr3.crc32c_bytes(body) != data[-zarr3.CRC_BYTES :]:
             raise self.damaged(name, "its crc32c does not match")
-        return zarr3.from_little_endian(body, metadata)
+        with of_this_format(str(self.path / name)):
+            return zarr3.from_little_endian(body, metadata)
 
     def _map(self, array: str) -> mmap.mmap:
         """The bytes of an array's chunk file, mapped read-only.
@@ -120,9 +134,20 @@ class ShardFile:
         metadata = self._metadata[layout.FEATURES]
         data = memoryview(self._feature_map)
         body = metadata.n_records * self.stride
-        if data[body:].tobytes() != zarr3.index_bytes(metadata.record_bytes, metadata.n_records):
+        ends = body + metadata.n_records * zarr3.INDEX_ENTRY_BYTES + zarr3.CRC_BYTES
+        if len(data) != ends or data[body:].tobytes() != zarr3.index_bytes(metadata.record_bytes, metadata.n_records):
             raise self.damaged(f"{layout.FEATURES}/{metadata.chunk_name}", "its index does not match")
         return data[:body]
+
+    def _check_places(self) -> None:
+        """Every array has as many views, and every picture lies inside the pictures' bytes."""
+        odd = [name for name, values in self.small.items() if layout.per_view(name) and values.shape[1] != self.n_views]
+        if odd:
+            raise self.damaged(odd[0], f"it has {self.small[odd[0]].shape[1]} views a sample, not {self.n_views}")
+        starts, lengths = self.small[layout.PICTURE_OFFSET], self.small[layout.PICTURE_LENGTH]
+        whole = len(self._picture_map)
+        if ((starts < 0) | (lengths < 0) | (starts > whole) | (lengths > whole - starts)).any():
+            raise self.damaged(layout.PICTURE_OFFSET, "a picture lies outside of the pictures' bytes")
 
     def will_need(self, record: int) -> None:
         """Begin to fetch a record's features from the disk, if they were not read before, and do not wait for them."""

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage.durable import read_sealed_json, sealed_json, sha256_bytes, write_bytes_atomic
+from storage.durable import of_this_format, read_sealed_json, sealed_json, sha256_bytes, write_bytes_atomic
 from storage.errors import DamageError, InputError
 from storage.ledger import ShardRecord
 
@@ -195,7 +195,8 @@ def read_info(path: Path) -> SnapshotInfo:
     if len(there) == 1:
         gone = sidecar if there == [path] else path
         raise DamageError(f"{gone} is gone; run `handstill run`, which writes the current snapshots again")
-    info = SnapshotInfo(**read_sealed_json(sidecar))
+    with of_this_format(str(sidecar)):
+        info = SnapshotInfo(**read_sealed_json(sidecar))
     if info.digest != path.stem:
         raise DamageError(f"{sidecar} belongs to another snapshot ({info.digest}); run `handstill run`")
     return info
@@ -213,7 +214,10 @@ def known_snapshots(root: Path) -> list[str]:
 def read_snapshot(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """A snapshot's table, every byte of its file checked against the sidecar. columns: these only, in less memory."""
     wanted = None if columns is None else list(columns)
-    return pq.read_table(pa.BufferReader(_checked_bytes(path)), schema=SCHEMA, columns=wanted)
+    try:
+        return pq.read_table(pa.BufferReader(_checked_bytes(path)), schema=SCHEMA, columns=wanted)
+    except (pa.ArrowException, OSError) as error:  # a forged one: its bytes are those of its sidecar
+        raise DamageError(f"{path} is damaged: no snapshot ({error}); run `handstill run`") from error
 
 
 def _checked_bytes(path: Path) -> bytes:
@@ -234,5 +238,5 @@ def read_head(root: Path) -> dict[str, str]:
     path = root / HEAD_JSON
     if not path.is_file():
         return {}
-    digests: dict[str, str] = read_sealed_json(path)["snapshots"]
-    return digests
+    with of_this_format(str(path)):
+        return {str(dataset): str(digest) for dataset, digest in read_sealed_json(path)["snapshots"].items()}

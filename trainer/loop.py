@@ -9,15 +9,16 @@ The teacher is not in this process: `train` refuses to start where models.teache
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
 import threading
 import time
 import zipfile
+import zlib
 from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.checkpoint import read_training_state
 from models.hand_model import load_hand_model
 from models.student import Student
 from storage.cache import HAND_MODEL, open_cache
@@ -355,10 +357,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:  # torch writes each record's crc32 and never looks at it again
             if broken := archive.testzip():
                 raise ValueError(f"the crc32 of {broken} does not match")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, ValueError) as error:
+        return read_training_state(path)
+    except (zipfile.BadZipFile, RuntimeError, OSError, ValueError, zlib.error, lzma.LZMAError, EOFError) as error:
         raise DamageError(f"{path} is damaged ({error}); delete it and run `handstill run train`") from error
-    return state
 
 
 def _refuse_to_compile_in_vain() -> None:
