@@ -67,7 +67,7 @@ def _show_path(path: Path) -> dict[str, Any]:
         return _show_output(path)
     except InputError:
         raise
-    except (ValueError, KeyError, OSError) as error:  # pyarrow's and zarr's errors are among them
+    except (ValueError, KeyError, OSError, RecursionError) as error:  # pyarrow's and zarr's errors are among them
         raise DamageError(f"show: {path} cannot be read: {type(error).__name__}: {error}") from error
 
 
