@@ -21,7 +21,7 @@ def layout() -> str:
     """A list of packages, each with its modules, in the order of imports."""
     lines = []
     for package in ("pipeline", "stages", "trainer", "models", "storage", "benchmarks"):
-        lines += ["```", f"{package}/"]
+        lines += ["```text", f"{package}/"]
         for module in sorted((ROOT / package).glob("*.py")):
             docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
             assert docstring, f"{module} has no docstring"

@@ -1,7 +1,7 @@
 """Every door through which a file comes in, with files at it that would run something: nothing runs, and it is told.
 
-The doors are the keys of pipeline.yaml that are text and the arguments of the verbs: a new one fails the first two tests
-until it is listed here, with what is put before it or with why it takes no file.
+The doors are the keys of pipeline.yaml that are text and the arguments of the verbs: a new one fails the first two
+tests until it is listed here, with what is put before it or with why it takes no file.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ NO_FILE = {
     "compare.gate.dataset": "a name in this file",
     "compare.gate.students[]": "names in this file",
     "datasets.*.licence": "text for a card",
+    "compare.gate.baseline": "a name in MLflow",
+    "compare.promote.alias": "a name in MLflow",
+    "compare.promote.model": "a name in MLflow",
+    "notify.command[]": "a program that the user's own file names",
+    "notify.url": "a server that is told, and not listened to",
+    "retention.pinned[]": "names of outputs",
     "evaluate.on[]": "names in this file",
     "name": "a name",
     "students.*.backbone": "a name; models are never fetched",
