@@ -25,7 +25,10 @@ _MALFORMED = (
     ValueError,
     EOFError,
     MemoryError,
-    tokenize.TokenError,  # of a header in Python 2's spelling
+    OverflowError,
+    SyntaxError,  # this and the next two: of a header that is no dictionary of Python's
+    TypeError,
+    tokenize.TokenError,
     RuntimeError,  # an encrypted entry; also NotImplementedError and RecursionError
 )
 """What zipfile and numpy raise over damaged bytes."""

@@ -21,7 +21,7 @@ from storage import layout, zarr3
 from storage.codecs import Codec
 from storage.durable import of_this_format, sha256_bytes
 from storage.errors import DamageError, WorkError
-from storage.ledger import ShardRecord
+from storage.ledger import FileDigest, ShardRecord
 from storage.shards import unpadded_ids
 
 
@@ -34,6 +34,9 @@ class ShardFile:
         self._codec = codec
         self._record = record
         self.entries = tuple(entry.path for entry in layout.ENTRIES if self._has(entry.path))
+        for entry in layout.ENTRIES:
+            if not entry.optional:
+                self._listed(f"{entry.path}/{zarr3.METADATA_NAME}")
         self._metadata = {name: self._read_metadata(name) for name in self.entries}
         features = self._metadata[layout.FEATURES]
         self.n_views: int = features.shape[1]
@@ -62,6 +65,13 @@ class ShardFile:
     def _has(self, name: str) -> bool:
         return f"{name}/{zarr3.METADATA_NAME}" in self._record.files
 
+    def _listed(self, name: str) -> FileDigest:
+        """What the ledger says of one of the shard's files."""
+        found = self._record.files.get(name)
+        if found is None:
+            raise self.damaged(name, "the ledger does not list it")
+        return found
+
     def damaged(self, name: str, what: str) -> DamageError:
         return DamageError(
             f"{self.path / name} is damaged: {what}. Run `handstill verify`, which withdraws damaged shards, "
@@ -78,14 +88,14 @@ class ShardFile:
             data = (self.path / name).read_bytes()
         except OSError as error:
             raise self._unreadable(name, error) from error
-        if len(data) != self._record.files[name].bytes:
-            raise self.damaged(name, f"it has {len(data)} bytes, not {self._record.files[name].bytes}")
+        if len(data) != self._listed(name).bytes:
+            raise self.damaged(name, f"it has {len(data)} bytes, not {self._listed(name).bytes}")
         return data
 
     def _read_metadata(self, array: str) -> zarr3.ArrayMetadata:
         name = f"{array}/{zarr3.METADATA_NAME}"
         data = self._read(name)
-        if sha256_bytes(data) != self._record.files[name].sha256:
+        if sha256_bytes(data) != self._listed(name).sha256:
             raise self.damaged(name, "its bytes are not those of the ledger")
         with of_this_format(str(self.path / name)):
             return self._checked(array, zarr3.parse_array(data))
@@ -125,8 +135,8 @@ class ShardFile:
             raise self._unreadable(name, error) from error
         except ValueError as error:  # an empty file
             raise self.damaged(name, "it is empty") from error
-        if len(mapped) != self._record.files[name].bytes:
-            raise self.damaged(name, f"it has {len(mapped)} bytes, not {self._record.files[name].bytes}")
+        if len(mapped) != self._listed(name).bytes:
+            raise self.damaged(name, f"it has {len(mapped)} bytes, not {self._listed(name).bytes}")
         return mapped
 
     def _records(self) -> memoryview:
