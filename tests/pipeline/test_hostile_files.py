@@ -68,7 +68,18 @@ KEYS = {
 NO_FILE_ARGUMENTS = {
     *("--json", "--verbose", "--help", "--schema", "--rehash", "--limit", "--view", "--no-teacher", "--no-sources"),
     *("--on", "--seed", "--with-hand-model", "--int8", "--no-wait", "--follow", "--stop", "--stale", "--yes"),
-    *("--box", "--rescale", "--focal-px", "--mesh", "STAGE", "--tracking-uri", "--experiment", "--filter", "--dry-run"),
+    *(
+        "--box",
+        "--rescale",
+        "--focal-px",
+        "--mesh",
+        "STAGE",
+        "--tracking-uri",
+        "--experiment",
+        "--filter",
+        "--dry-run",
+        "--log-format",
+    ),
     *("--out", "--to", "--picture"),  # written, not read
 }
 ARGUMENTS = {
