@@ -22,6 +22,7 @@ HELD_BACK = {
     "make test": "these very tests",
     "handstill submit": "needs a job server: tests/pipeline/test_submit.py runs these",
     "handstill -c my.yaml check": "needs licensed files: test_check_says_what_is_missing runs it without them",
+    "handstill compare --tracking-uri": "needs a tracking server: tests of comparisons run it on a folder of runs",
     "handstill audit --on local": "tests/pipeline/test_auditing.py runs it",
     "python benchmarks/cache_reading.py": "seconds to minutes, alone: `make bench` runs it",
     "python benchmarks/latency.py": "seconds to minutes, alone: `make bench` runs it",
