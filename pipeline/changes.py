@@ -54,13 +54,21 @@ def cache_changes(root: Path, role: str, identity: Mapping[str, Any]) -> list[Ch
 def student_changes(
     experiment: Experiment, name: str, label: str, parent: Path, identity: Mapping[str, Any]
 ) -> list[Change]:
-    """What a student has unlike the nearest one of its name and seed that was trained."""
+    """What a student has unlike the nearest one of its name and seed that was trained, in the keys of this identity.
+
+    One whose cache is not up to date has no digests of what it reads yet, and is told by its recipe alone.
+    """
     trained = [path.with_name("identity.json") for path in parent.glob("*/result.json")]
     own = experiment.config.students[name].model_fields_set
     return [
         Change(label, _key_of_student(key, name, own), old, new)
-        for key, old, new in _nearest(identity, _identities(trained))
+        for key, old, new in _nearest(identity, _of_keys(identity, _identities(trained)))
     ]
+
+
+def _of_keys(identity: Mapping[str, Any], older: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    absent = {"cache", "snapshots"} - identity.keys()
+    return [{key: value for key, value in before.items() if key not in absent} for before in older]
 
 
 def score_changes(label: str, logged: Iterable[Path], identity: Mapping[str, Any]) -> list[Change]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from models.backbone_names import is_timm_name
 from models.hand_model import OPEN_HAND
 from models.model_config import model_config_path
 from pipeline.experiment import Experiment
@@ -14,19 +15,22 @@ from stages.ingest import source_files
 from storage.errors import InputError
 from trainer.config import StudentRecipe, grid_problem
 
+HAMER, TORCHVISION = "hamer", "torchvision/"
+"""Backbones that are not timm's: HaMeR's own, and the beginning of the names of torchvision's."""
+
 
 def check_inputs(experiment: Experiment, *, backbones: bool = True) -> None:
     """Look for every file that the configuration names.
 
     Args:
-        backbones: also ask timm for the students' backbones (importing it takes seconds).
+        backbones: also look whether each backbone gives what its student needs (importing timm takes seconds); if not,
+            only whether its name is known.
 
     Raises:
         InputError: listing everything that is missing or is not what its digest says.
     """
     problems = [*_teacher_problems(experiment), *_dataset_problems(experiment), *_weights_problems(experiment)]
-    if backbones:
-        problems += _backbone_problems(experiment)
+    problems += _backbone_problems(experiment, thoroughly=backbones)
     if problems:
         raise InputError("the configuration names what is not there:\n" + "\n".join(f"  {line}" for line in problems))
 
@@ -81,8 +85,12 @@ def _weights_problems(experiment: Experiment) -> Iterator[str]:
             yield f"students.{name}.prior.mocap: no file {experiment.path(mocap)}; null takes the batch's own labels"
 
 
-def _backbone_problems(experiment: Experiment) -> Iterator[str]:
+def _backbone_problems(experiment: Experiment, *, thoroughly: bool) -> Iterator[str]:
     for name, recipe in experiment.recipes().items():
+        if not thoroughly and (recipe.backbone == HAMER or recipe.backbone.startswith(TORCHVISION)):
+            continue
+        if not thoroughly and is_timm_name(recipe.backbone):
+            continue
         yield from _complaint(f"students.{name}.backbone", partial(_check_backbone, recipe, experiment))
 
 

@@ -39,6 +39,8 @@ class StagePlan:
     """What `run` works on; private to the stage."""
     estimated: bool = False
     """Something upstream is not done, so the numbers may change when it is."""
+    on_gpu: bool = True
+    """Whether what gpu_hours are estimated for is there; if not, CPUs do the work and take much longer."""
 
     def as_json(self) -> dict[str, Any]:
         """The `plan --json` entry of this stage (DESIGN section 7)."""
@@ -55,6 +57,7 @@ class StagePlan:
             "work": list(self.work),
             "changes": [change.as_json() for change in self.changes],
             "estimated": self.estimated,
+            "on_gpu": self.on_gpu,
         }
 
 

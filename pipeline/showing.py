@@ -47,7 +47,17 @@ def show(config: Path, what: str) -> dict[str, Any]:
     folder = places[what](experiment)
     if not folder.is_dir():
         raise InputError(f"show {what}: nothing is there yet; run `handstill run {what}`")
-    return {"kind": "stage", "path": str(folder), "outputs": [_brief(item) for item in _outputs(what, folder)]}
+    outputs = [_brief(item) | _named(what, item.relative_to(folder)) for item in _outputs(what, folder)]
+    return {"kind": "stage", "stage": what, "path": str(folder), "outputs": outputs}
+
+
+def _named(stage: str, path: Path) -> dict[str, Any]:
+    """What an output is of, by where it stands in its stage's folder."""
+    if stage == "ingest":
+        return {"dataset": path.parts[0]}
+    if stage == "train":
+        return {"student": path.parts[0], "seed": int(path.parts[1].removeprefix("seed-"))}
+    return {"network": path.parts[0]} if stage == "evaluate" else {}
 
 
 def _outputs(stage: str, folder: Path) -> list[Path]:
@@ -129,6 +139,7 @@ def _show_cache(path: Path) -> dict[str, Any]:
     return {
         "kind": "cache",
         "path": str(path),
+        "role": folder.identity.get("role"),
         "encoding": _encoding(folder),
         "identity": folder.identity,
         "shards": len(records),
@@ -184,9 +195,9 @@ def _show_parquet(path: Path) -> dict[str, Any]:
 
 def show_text(document: Mapping[str, Any]) -> str:
     """The same for a person."""
-    lines = [f"{document['kind']}: {document['path']}"]
+    lines = [f"{document.get('stage', document['kind'])}: {document['path']}"]
     for key, value in document.items():
-        if key in ("kind", "path"):
+        if key in ("kind", "path", "stage"):
             continue
         if key == "arrays":
             rows = [
@@ -204,6 +215,8 @@ def show_text(document: Mapping[str, Any]) -> str:
 
 
 def _brief_line(item: Mapping[str, Any]) -> str:
-    facts = [f"{item[key]} {key}" for key in ("rows", "quarantined", "shards") if item.get(key) is not None]
+    of = [f"{key} {item[key]}" for key in ("dataset", "student", "seed", "network", "role") if key in item]
+    of += [", ".join(item["snapshots"])] if item.get("snapshots") else []
+    facts = of + [f"{item[key]} {key}" for key in ("rows", "quarantined", "shards") if item.get(key) is not None]
     facts += [human_bytes(item["bytes"])] if "bytes" in item else []
     return f"  {item['path']}: " + ", ".join(facts)

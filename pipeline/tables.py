@@ -39,7 +39,7 @@ def plan_text(plans: Mapping[str, StagePlan]) -> str:
             ", ".join(f"{count} {reason}" for reason, count in plan.reasons.items()),
             human_bytes(plan.bytes) if plan.bytes else "",
             f"{plan.teacher_passes:,}" if plan.teacher_passes else "",
-            f"{plan.gpu_hours:.2g}" if plan.gpu_hours else "",
+            f"{plan.gpu_hours:.2g}" if plan.gpu_hours and plan.on_gpu else "",
         ]
         for name, plan in plans.items()
     ]
@@ -47,6 +47,11 @@ def plan_text(plans: Mapping[str, StagePlan]) -> str:
     lines = [table(header, rows)]
     if any(plan.estimated for plan in plans.values()):
         lines.append("Something upstream is not done yet: the later numbers are estimates.")
+    if any(plan.gpu_hours and not plan.on_gpu for plan in plans.values()):
+        hours = sum(plan.gpu_hours for plan in plans.values())
+        lines.append(
+            f"The teacher gets no GPU here: {hours:.2g} hours of an H200 take CPUs about a thousand times as long."
+        )
     for name, plan in plans.items():
         lines += _why(name, plan)
     if not any(plan.todo or plan.reasons for plan in plans.values()):

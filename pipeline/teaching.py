@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def plan_teach(experiment: Experiment) -> StagePlan:
     """Which shards the caches lack, and why."""
     states = [cache_state(experiment, role) for role in ROLES]
     train = states[0]
-    return _plan_of(states, 0 if train.calibrated else calibration_views(experiment, train))
+    plan = _plan_of(states, 0 if train.calibrated else calibration_views(experiment, train))
+    return replace(plan, on_gpu=teacher_gpus(experiment) > 0)
 
 
 def _plan_of(states: list[CacheState], calibration: int) -> StagePlan:

@@ -45,6 +45,8 @@ class StudentState:
     identity: Mapping[str, Any] | None
     """What decides its weights; None: something upstream has still to be done, so it is not known yet."""
     parent: Path
+    own: Mapping[str, Any]
+    """The part of the identity that the configuration alone decides."""
 
     @property
     def label(self) -> str:
@@ -89,22 +91,24 @@ def student_states(experiment: Experiment, cache: CacheState) -> list[StudentSta
             "mocap_sha256": _sha256(experiment, None if recipe.prior is None else recipe.prior.mocap),
         }
         for seed in experiment.config.train.seeds:
-            identity = _identity(experiment, recipe, seed, cache, files)
+            own = _own_identity(experiment, recipe, seed, files)
             parent = experiment.workdir.students / name / f"seed-{seed}"
-            states.append(StudentState(name, seed, recipe, identity, parent))
+            states.append(StudentState(name, seed, recipe, _identity(recipe, cache, own), parent, own))
     return states
 
 
-def _identity(
-    experiment: Experiment, recipe: StudentRecipe, seed: int, cache: CacheState, files: Mapping[str, str | None]
-) -> dict[str, Any] | None:
+def _identity(recipe: StudentRecipe, cache: CacheState, own: Mapping[str, Any]) -> dict[str, Any] | None:
     snapshots = {name: cache.digests[name] for name in recipe.on}
     if None in snapshots.values():
         return None
+    return {"cache": cache.fingerprint, "snapshots": snapshots, **own}
+
+
+def _own_identity(
+    experiment: Experiment, recipe: StudentRecipe, seed: int, files: Mapping[str, str | None]
+) -> dict[str, Any]:
     return {
         "training_version": TRAINING_VERSION,
-        "cache": cache.fingerprint,
-        "snapshots": snapshots,
         "mix": {name: experiment.datasets[name].weight for name in recipe.on},
         "recipe": recipe.identity(),
         "seed": seed,
@@ -124,8 +128,7 @@ def plan_train(experiment: Experiment) -> StagePlan:
     changes = [
         change
         for state in todo
-        if state.identity is not None
-        for change in student_changes(experiment, state.name, state.label, state.parent, state.identity)
+        for change in student_changes(experiment, state.name, state.label, state.parent, state.identity or state.own)
     ]
     why = [
         f"{reason}: {state.label}" + (" (its caches are not up to date)" if state.identity is None else "")

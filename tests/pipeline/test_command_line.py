@@ -156,6 +156,50 @@ def test_plan(lab: Lab) -> None:
     assert list(as_json(lab.config, "plan", "teach")["stages"]) == ["ingest", "teach"]
 
 
+def test_plan_knows_backbones_by_name_and_says_which_is_meant(lab: Lab) -> None:
+    lab.configure({"students.plain.backbone": "mobilenetv3_smal_050"})
+    answer = handstill("plan", "-c", lab.config)
+    assert answer.code == 2
+    assert "students.plain.backbone" in answer.err
+    assert "mobilenetv3_small_050" in answer.err
+    for known in ("mobilenetv3_small_050.lamb_in1k", "hamer"):
+        lab.configure({"students.plain.backbone": known})
+        assert handstill("plan", "-c", lab.config).code == 0
+
+
+def test_plan_names_a_students_key_also_where_its_cache_is_to_be_made(lab: Lab) -> None:
+    lab.configure({"cache.views": 3, "students.hybrid.lr": 0.5})
+    train = as_json(lab.config, "plan")["stages"]["train"]
+    assert train["estimated"] is True
+    changes = {(change["of"], change["key"]): (change["old"], change["new"]) for change in train["changes"]}
+    assert changes == {("hybrid-seed0", "students.hybrid.lr"): (1e-4, 0.5)}
+
+
+def test_plan_does_not_promise_a_gpu_that_is_not_there(lab: Lab) -> None:
+    lab.configure({"cache.views": 3, "teacher.workers": {"gpus": 0}})
+    text = handstill("plan", "-c", lab.config).out
+    assert "The teacher gets no GPU here: " in text
+    assert as_json(lab.config, "plan")["stages"]["teach"]["on_gpu"] is False
+
+
+def test_show_of_a_stage_says_what_its_outputs_are_of(lab: Lab) -> None:
+    document = as_json(lab.config, "show", "teach")
+    assert document["stage"] == "teach"
+    assert {(cache["role"], *cache["snapshots"]) for cache in document["outputs"]} == {
+        ("train", "alpha", "beta"),
+        ("evaluate", "val"),
+    }
+    text = handstill("show", "teach", "-c", lab.config).out
+    assert text.startswith("teach: ")
+    assert ": role train, alpha, beta, " in text
+    assert {output["student"] for output in as_json(lab.config, "show", "train")["outputs"]} == {"plain", "hybrid"}
+    assert {output["dataset"] for output in as_json(lab.config, "show", "ingest")["outputs"]} == {
+        "alpha",
+        "beta",
+        "val",
+    }
+
+
 def test_what_a_plan_estimates_is_about_what_is_written(lab: Lab) -> None:
     (lab.workdir / "cache").rename(lab.workdir / "cache-of-before")
     estimated = lab.plan()["teach"]["bytes"]

@@ -1,0 +1,24 @@
+"""The names of timm's models, read off its source. Light to import: to ask timm itself takes seconds."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+_REGISTERED = re.compile(r"@register_model\s*\ndef (\w+)\(")
+
+
+@lru_cache
+def timm_names() -> frozenset[str]:
+    """All models that timm registers; none where it is not installed. 0.1 s."""
+    spec = find_spec("timm")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    sources = [path for folder in folders for path in Path(folder, "models").rglob("*.py")]
+    return frozenset(name for path in sources for name in _REGISTERED.findall(path.read_text(encoding="utf-8")))
+
+
+def is_timm_name(backbone: str) -> bool:
+    """Whether timm knows it, with or without the tag of its weights: mobilenetv3_large_100.ra_in1k."""
+    return backbone.partition(".")[0] in timm_names()
