@@ -57,7 +57,7 @@ def head() -> Iterator[Head]:
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"HOME": str(folder), "OMP_NUM_THREADS": "1"}
     where = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={port}", f"--dashboard-port={jobs}"]
-    where += [f"--temp-dir={folder}", "--disable-usage-stats"]
+    where += [f"--temp-dir={folder}", f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"]
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", *where],
         cwd=folder,
