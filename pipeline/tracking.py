@@ -28,7 +28,7 @@ from storage.durable import partial_path, remove_tree, sync_directory
 from storage.errors import WorkError
 
 logging.getLogger("alembic").setLevel(logging.WARNING)  # a new SQLite file would print each of its migrations
-logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what it raises too: a full disk
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each attempt at a server that is away
 
 MAX_PARAM_CHARS = 6000  # MLflow refuses longer values

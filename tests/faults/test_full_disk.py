@@ -60,7 +60,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(small_disk: Path) -> None:
+@pytest.mark.parametrize("size", ["1m", "9m"])
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(small_disk: Path, size: str) -> None:
+    """Full of MLflow's file and the first manifests, and full in the midst of the shards: three megabytes of four."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(small_disk)], check=True)
     calm = prepare(small_disk.parent)
     assert run(calm, "run", "teach")[0] == 0
     config = beside(calm, "full", {"workdir": str(small_disk)})
@@ -69,7 +72,8 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(small_disk:
     assert code == 1
     assert "No space left on device" in said
     assert "Traceback" not in said
-    for root in (small_disk / "cache").iterdir():
+    assert (size == "9m") == bool(list(small_disk.glob("cache/*/ledger/*.json")))
+    for root in small_disk.glob("cache/*"):
         folder = CacheFolder(root)
         assert [damage for record in folder.finished().values() for damage in verify_shard(folder, record)] == []
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
