@@ -303,9 +303,11 @@ def teach_all(
     office.staff(count)
     looked = time.monotonic()
     with NOTICE.awaited():
-        while office.desks or office.has_work():
+        while office.desks or (not NOTICE.given and office.has_work()):
             ready, _ = ray.wait([desk.reference for desk in office.desks], num_returns=1, timeout=POLL_S)
             while_waiting()
+            if NOTICE.given:  # before a desk that has finished is given more
+                office.stop_what_cannot_finish(NOTICE.left_s())
             before = len(office.desks)
             office.look()
             for desk in [desk for desk in office.desks if desk.reference in ready]:
@@ -321,9 +323,7 @@ def teach_all(
                     if on_result is not None and desk.inquiry is None:
                         on_result(desk.current, result)
                     office.finished(desk)
-            if NOTICE.given:
-                office.stop_what_cannot_finish(NOTICE.left_s())
-            elif time.monotonic() - looked > STAFFING_EVERY_S or len(office.desks) < before:
+            if not NOTICE.given and (time.monotonic() - looked > STAFFING_EVERY_S or len(office.desks) < before):
                 office.staff(staffing(workers, settings.gpus, *cluster_size())[0])
                 looked = time.monotonic()
     if NOTICE.given:

@@ -24,6 +24,7 @@ from tests.faults.driver import (
     read_events,
     run,
     send,
+    sick,
     workdir_of,
     workers_of,
 )
@@ -105,7 +106,8 @@ def after_a_checkpoint(story: Story, late: LateWorker) -> None:
     with Driver(story.config, TRAIN) as driver:
         driver.wait_until(lambda: "waiting for workers" in driver.said, "waiting for the late worker")
         story.stops["SIGINT"] = *driver.signal(signal.SIGINT), driver.said
-    with Driver(story.config, TRAIN) as driver:
+    # so slow that there is a decoder wherever its teacher is stopped
+    with Driver(story.config, TRAIN, sick({"at": "decode", "sample": "any", "how": "slow", "seconds": 0.15})) as driver:
         driver.wait_until(lambda: "waiting for workers" in driver.said, "waiting for the late worker")
         story.waited = not any(event["event"] == "stage_started" for event in driver.events()[driver.seen :])
         late.end()

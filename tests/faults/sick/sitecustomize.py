@@ -4,9 +4,10 @@ SICKNESS is JSON, a list of:
     {"at": "decode", "sample": sha256 of the encoded photograph, "how": ...}   in whoever decodes it
     {"at": "store",  "sample": sample id, "how": ...}                          in the teacher that stores it
     {"at": "memory", "bytes": n}          a teacher may take so much more memory than before its first forward pass
-how: "die" (SIGKILL), "hang", "slow" (a second); "once": a file that is made by the first that catches it, which cures
-the others; "sample": "any" is every one. Python imports a `sitecustomize` by itself; the modules are wrapped when
-they are imported, and not before.
+how: "die" (SIGKILL), "hang", "slow" (by "seconds": one).
+"once": a file that is made by the first that catches it, which cures the others. "sample": "any" is every one.
+
+Python imports a `sitecustomize` by itself; the modules are wrapped when they are imported, and not before.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _strike(sickness: Sickness) -> None:
             return
     if sickness["how"] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1.0 if sickness["how"] == "slow" else 10_000.0)
+    time.sleep(sickness.get("seconds", 1.0) if sickness["how"] == "slow" else 10_000.0)
 
 
 def _in_decode(module: ModuleType, sickness: Sickness) -> None:
