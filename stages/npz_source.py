@@ -151,7 +151,7 @@ def _read_truth(configured: str | None, key: str, base: Path, size: int) -> Floa
         return None
     path = path_from(configured, base)
     try:
-        with np.errstate(over="ignore"):  # becomes inf, which is refused below
+        with np.errstate(over="ignore"):  # becomes inf, and its hand is left out
             truth = np.asarray(json.loads(path.read_bytes()), np.float32)
     except OSError as error:
         raise InputError(f"{key}: {path} cannot be read ({error.strerror}).") from error
@@ -162,6 +162,4 @@ def _read_truth(configured: str | None, key: str, base: Path, size: int) -> Floa
         raise InputError(
             f"{key}: {path} has shape {truth.shape}, wanted {size} x {points}: one entry a row of the npz."
         )
-    if not np.isfinite(truth).all():
-        raise InputError(f"{key}: {path} holds values that are not finite.")
     return truth.reshape(size, -1)
