@@ -1,7 +1,7 @@
 """Samples that kill whoever touches them, workers that hang, teachers that want too much memory: on real workers.
 
-The default test takes 110 s on two idle cores, forty of which it waits for a worker that hangs; the slow ones one to two
-minutes each.
+The default test takes 110 s on two idle cores, forty of which it waits for a worker that hangs; the slow ones one to
+two minutes each.
 """
 
 from __future__ import annotations
