@@ -9,14 +9,19 @@ from storage.errors import InputError
 MODEL_CONFIG = "model_config.yaml"
 
 
+def model_config_places(checkpoint: Path) -> tuple[Path, Path]:
+    """Where it may be; the first that is there counts."""
+    folder = checkpoint.absolute().parent
+    return folder.parent / MODEL_CONFIG, folder / MODEL_CONFIG
+
+
 def model_config_path(checkpoint: Path) -> Path:
     """The configuration that belongs to a checkpoint.
 
     HaMeR and Fast-HaMeR keep it in the folder above the checkpoint's own; AnyHand beside the checkpoint. Where both are
     there, HaMeR's rule holds. Raises InputError that names both places.
     """
-    folder = checkpoint.absolute().parent
-    places = (folder.parent / MODEL_CONFIG, folder / MODEL_CONFIG)
+    places = model_config_places(checkpoint)
     for place in places:
         if place.is_file():
             return place

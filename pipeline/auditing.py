@@ -53,6 +53,11 @@ def audit(experiment: Experiment, *, against: str | None = None, on: Place | Non
         InputError: there is no cache yet, or none at `against`, or the memory allowed is too little.
         DamageError: bytes are not as they were written.
     """
+    if experiment.workdir.store is not None:
+        raise InputError(
+            "audit: it reads whole caches from a folder, and the workdir is on an object store; copy the workdir to a "
+            "disk (`aws s3 sync`) and name that folder in a copy of the configuration"
+        )
     caches = _current_caches(experiment)
     other = None if against is None else _other_cache(experiment, against, caches)
     described = _described(experiment, caches, other)

@@ -69,6 +69,10 @@ class CacheState:
     records: Mapping[str, ShardRecord]
     damaged: frozenset[str]
     """Input hashes of finished shards whose files are not there, or not of the size they should have."""
+    address: Path | str
+    """Where readers on any machine find it: its folder, or its URL."""
+    stored: frozenset[str] = frozenset()
+    """Of a workdir on a store: input hashes of shards of which it holds anything, recorded or not."""
     published: Mapping[str, str] | None = None
     """The snapshots that this pipeline file referred to last; None: it did not run with this cache yet."""
 
@@ -216,7 +220,9 @@ def stored_state(experiment: Experiment, role: Role) -> CacheState:
     identity = cache_identity(experiment, role)
     folder = CacheFolder(experiment.caches_folder / fingerprint(identity))
     records = folder.finished() if folder.ledger_dir.is_dir() else {}
-    return CacheState(role, identity, _settings(experiment, role), folder, {}, records, frozenset())
+    address, store = experiment.workdir.address(folder.root), experiment.workdir.store
+    stored = frozenset() if store is None else store.shards(folder.fingerprint)
+    return CacheState(role, identity, _settings(experiment, role), folder, {}, records, frozenset(), address, stored)
 
 
 def cache_state(experiment: Experiment, role: Role) -> CacheState:
@@ -241,7 +247,7 @@ def _read_state(experiment: Experiment, role: Role) -> CacheState:
     names = experiment.config.datasets_of(role)
     with ThreadPoolExecutor(1, thread_name_prefix="look") as pool:  # it waits for the disk while manifests are read
         ours = [record for record in records.values() if record.dataset in names]
-        looking = pool.submit(damaged_shards, folder, ours)
+        looking = pool.submit(_damaged, experiment, folder, ours)
         datasets = {name: _dataset_shards(experiment, role, name, index) for name in names}
         looked_damaged = looking.result()
     plans = [plan.input_hash for shards in datasets.values() for plan in shards.plans]
@@ -252,12 +258,19 @@ def _read_state(experiment: Experiment, role: Role) -> CacheState:
     return replace(stored, datasets=datasets, damaged=damaged, published=published)
 
 
+def _damaged(experiment: Experiment, folder: CacheFolder, records: list[ShardRecord]) -> frozenset[str]:
+    """Of a workdir on a store, those of which it has nothing: objects are not cut short, and `verify` reads them."""
+    if experiment.workdir.store is None:
+        return damaged_shards(folder, records)
+    return frozenset(record.input_hash for record in records) - experiment.workdir.store.shards(folder.fingerprint)
+
+
 def _changed(
     experiment: Experiment, folder: CacheFolder, records: list[ShardRecord], damaged: frozenset[str]
 ) -> frozenset[str]:
     """Beyond names and sizes: when asked to hash everything again, what differs by any byte, once a process."""
     changed = set()
-    for record in records if experiment.rehash else ():
+    for record in records if experiment.rehash and experiment.workdir.store is None else ():
         key = f"{folder.fingerprint}/{record.input_hash}"
         if key in experiment.reread or record.input_hash in damaged:
             continue

@@ -27,12 +27,13 @@ from pipeline.retention import (
     stale_output,
 )
 from pipeline.sharing import alone
+from pipeline.store_lease import is_held
 from pipeline.tables import bytes_below, human_bytes
 from pipeline.teaching import ROLES
 from pipeline.workdir import lease
 from storage.cache import CacheFolder
-from storage.durable import remove_tree
 from storage.errors import InputError
+from storage.mirror import Mirror
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 
@@ -59,7 +60,7 @@ def clean_up(experiment: Experiment) -> dict[str, Any]:
         document = _document(experiment, own, deleted=True)  # now that nobody begins to refer to more
         for path in map(Path, document["stale"]):
             if path != experiment.workdir.events:
-                _delete(path)
+                _delete(experiment, path)
     append_event(experiment.workdir.events, "cleaned", outputs=len(document["stale"]), freed=document["bytes"])
     return document
 
@@ -87,7 +88,13 @@ def _document(experiment: Experiment, own: Reference, *, deleted: bool) -> dict[
         *_stale_in_caches(experiment, [own, *sharing.values()]),
     ]
     keeping = kept(experiment, stale, remember=deleted)
-    sizes = {str(item.path): bytes_below(item.path) for item in stale if item.path not in keeping}
+    going = [item.path for item in stale if item.path not in keeping]
+    store = experiment.workdir.store
+    if store is None:
+        sizes = {str(path): bytes_below(path) for path in going}
+    else:
+        going += [path for path in _orphans(store, under_lease=deleted) if path not in going and path not in keeping]
+        sizes = {str(path): store.bytes_below(path) for path in going}
     sizes |= _old_records(experiment, retention.events)
     kept_for = [
         {"config": reference.config, "gone": reference.gone, "reference": str(path)}
@@ -133,9 +140,21 @@ def _stale_in_caches(experiment: Experiment, references: list[Reference]) -> Ite
         shards = {name for reference in concerned for name in reference.shards[root.name]}
         snapshots = {name for reference in concerned for name in reference.snapshots[root.name].values()}
         cache = CacheFolder(root)
-        parts = [path for path in sorted(cache.shards_dir.glob("*.zarr")) if path.stem not in shards]
+        parts = [path for path in _shards(experiment, cache) if path.stem not in shards]
         parts += [path for path in sorted(cache.snapshots_dir.glob("*")) if path.stem not in snapshots]
         yield from (Stale(path, retention.caches) for path in parts)
+
+
+def _shards(experiment: Experiment, cache: CacheFolder) -> list[Path]:
+    """Every shard that a cache has, on the disk or on the store."""
+    if experiment.workdir.store is None:
+        return sorted(cache.shards_dir.glob("*.zarr"))
+    return [cache.shard_path(name) for name in sorted(experiment.workdir.store.shards(cache.fingerprint))]
+
+
+def _orphans(store: Mirror, *, under_lease: bool) -> list[Path]:
+    """What killed writers left on a store. Of a run at work the same is no orphan: then none."""
+    return [store.root / name for name in store.orphans()] if under_lease or not is_held(store) else []
 
 
 def _stale_calibrations(experiment: Experiment, references: list[Reference]) -> Iterator[Stale]:
@@ -160,11 +179,11 @@ def _stale_audits(experiment: Experiment, references: list[Reference]) -> Iterat
             yield Stale(path, experiment.config.retention.caches)
 
 
-def _delete(path: Path) -> None:
-    if path.suffix == ".zarr":
+def _delete(experiment: Experiment, path: Path) -> None:
+    if path.suffix == ".zarr" and experiment.workdir.store is None:
         CacheFolder(path.parent.parent).discard(path.stem)
     else:
-        remove_tree(path)
+        experiment.workdir.remove(path)
 
 
 def clean_text(document: Mapping[str, Any]) -> str:

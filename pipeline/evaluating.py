@@ -260,7 +260,8 @@ def _unit(experiment: Experiment, cache: CacheState, state: EvaluationState) -> 
     config = experiment.config
     digests = {name: digest or "" for name, digest in cache.digests.items()}
     sets = tuple(
-        EvaluationSet(name, cache.root, digest, experiment.datasets[name].protocol) for name, digest in digests.items()
+        EvaluationSet(name, cache.address, digest, experiment.datasets[name].protocol)
+        for name, digest in digests.items()
     )
     student = state.student
     return EvaluateUnit(
@@ -281,7 +282,7 @@ def _unit(experiment: Experiment, cache: CacheState, state: EvaluationState) -> 
         tags=keep_configuration(experiment, state.folder)
         | ({"handstill.kind": "teacher", "handstill.identity": state.digest} if student is None else student.tags()),
         inputs=tuple(
-            CacheInput(name, str(cache.root), cache.fingerprint, digest, "evaluation")
+            CacheInput(name, str(cache.address), cache.fingerprint, digest, "evaluation")
             for name, digest in digests.items()
         ),
         events=experiment.workdir.events,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import PipelineConfig, Role, resolve_path
 from pipeline.digests import DigestMemory
+from pipeline.inputs import with_copies
 from pipeline.job_code import JOB_BASE
 from pipeline.loading import load_config
 from pipeline.workdir import Workdir, open_workdir
@@ -121,10 +122,27 @@ def open_experiment(config_path: Path, *, limit: int | None = None, rehash: bool
     if JOB_BASE in os.environ:
         base = Path(os.environ[JOB_BASE])
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "auto"})})
-    workdir = open_workdir(config.workdir, base)
-    experiment = Experiment(config, config_path.absolute(), base, workdir, rehash=rehash)
-    if limit is None:
-        return experiment
-    if limit < 1:
+    config = with_copies(config)
+    if limit is not None and limit < 1:
         raise InputError(f"--limit: found {limit}, want a number of samples of at least 1")
-    return replace(experiment, workdir=Workdir(workdir.root / f"smoke-{limit}"), limit=limit)
+    workdir = open_workdir(config.workdir, base)
+    if workdir.store is not None:
+        _check_on_store(config)
+    if limit is not None:
+        workdir = workdir.below(f"smoke-{limit}")
+    workdir.refresh()
+    return Experiment(config, config_path.absolute(), base, workdir, limit, rehash)
+
+
+def _check_on_store(config: PipelineConfig) -> None:
+    """What a workdir on an object store asks of the rest of a configuration."""
+    if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        raise InputError(
+            "tracking.uri: not set, and the workdir is on an object store, where no MLflow database can lie. "
+            "Name an MLflow server here or in MLFLOW_TRACKING_URI."
+        )
+    if config.cache.root is not None:
+        raise InputError(
+            f"cache.root: found {config.cache.root!r}, and the workdir is on an object store, where the caches lie in "
+            "it; leave cache.root out."
+        )

@@ -113,6 +113,8 @@ def _scores(experiment: Experiment) -> dict[str, EvaluationResult]:
 def _job(experiment: Experiment, wish: Wish, state: StudentState, scores: Mapping[str, EvaluationResult]) -> ExportJob:
     from trainer.export import EXPORT_VERSION, ExportJob
 
+    if wish.to is None and experiment.workdir.store is not None:
+        raise InputError(f"export {wish.what}: give --to FOLDER: the workdir is on an object store")
     options = {"with_hand_model": wish.with_hand_model, "int8": wish.int8}
     kind = "".join(f"-{name.replace('_', '-')}" for name, wished in options.items() if wished)
     name = digest_of({"export_version": EXPORT_VERSION, "student": state.digest, **options})[:8]
@@ -139,7 +141,7 @@ def _sets(experiment: Experiment, role: Role, names: Sequence[str]) -> tuple[Eva
     cache = cache_state(experiment, role)
     digests = {name: cache.digests.get(name) for name in names}
     return tuple(
-        EvaluationSet(name, cache.root, digest, experiment.datasets[name].protocol)
+        EvaluationSet(name, cache.address, digest, experiment.datasets[name].protocol)
         for name, digest in digests.items()
         if digest is not None
     )

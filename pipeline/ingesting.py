@@ -24,6 +24,7 @@ from pipeline.workdir import claim_of
 from pipeline.workers import Resources, ray_session, run_units
 from stages.config import DatasetConfig
 from stages.ingest import scan_source, shared_pictures
+from storage.inputs import bring
 from storage.manifest import manifest_name, write_manifest
 
 log = logging.getLogger("handstill")
@@ -95,6 +96,8 @@ def ingest_unit(unit: IngestUnit) -> Ingested:
     """Scan one source and write its manifest under the name of its content (runs in a worker)."""
     source = unit.source
     append_event(unit.events, "ingest_started", unit=str(source.path))
+    for path in source.inputs():
+        bring(path)
     stamps = [stamp(path) for path in source.inputs()]  # before reading: a file that changes meanwhile is scanned again
     table = scan_source(source.dataset, source.config, source.path, source.base)
     path = unit.manifests / source.dataset / manifest_name(table)

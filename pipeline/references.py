@@ -43,7 +43,7 @@ class Reference:
 
 def reference_name(experiment: Experiment) -> str:
     """The file name of this pipeline file's record."""
-    return f"{digest_of([str(experiment.file), str(experiment.workdir.root)])[:16]}.json"
+    return f"{digest_of([str(experiment.file), experiment.workdir.place])[:16]}.json"
 
 
 def own_reference(experiment: Experiment) -> Reference | None:
@@ -67,7 +67,7 @@ def others(experiment: Experiment, folder: Path) -> dict[Path, Reference]:
 
 
 def _copied(experiment: Experiment, path: Path, reference: Reference) -> bool:
-    if path.parent != experiment.workdir.references or reference.workdir == str(experiment.workdir.root):
+    if path.parent != experiment.workdir.references or reference.workdir == experiment.workdir.place:
         return False
     return (Path(reference.workdir) / "references" / path.name).is_file()
 

@@ -44,7 +44,7 @@ def current_reference(experiment: Experiment) -> Reference:
     sources = [source for name, config in used.items() for source in sources_of(experiment, name, config)]
     return Reference(
         config=str(experiment.file),
-        workdir=str(root),
+        workdir=experiment.workdir.place,
         sources=sorted(source.place for source in sources),
         outputs=sorted(named),
         calibrations=sorted(

@@ -184,6 +184,7 @@ def _run_stage(experiment: Experiment, stage: Stage, summary: RunSummary) -> Sta
     with telling(stage=stage.name), summary.stage(stage.name, plan):
         result = stage.run(experiment, plan)
     summary.finished(stage.name, plan, result)
+    experiment.workdir.settle()
     append_event(
         experiment.workdir.events,
         "stage_done",

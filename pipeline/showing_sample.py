@@ -78,10 +78,10 @@ def _in_one_cache(
     experiment: Experiment, state: CacheState, row: Mapping[str, Any], view: int | None
 ) -> tuple[dict[str, Any], list[Tile]]:
     names = ("dataset", "source", "image_sha256", "labels_sha256", "shard", "row", "reason")
-    facts = {"role": state.role, "cache": str(state.root), **{name: row[name] for name in names}}
+    facts = {"role": state.role, "cache": str(state.address), **{name: row[name] for name in names}}
     if row["row"] is None:
         return facts | {"made_again": None, "views": []}, []
-    reader = open_cache(state.root)
+    reader = open_cache(state.address)
     position = reader.position(str(row["sample_id"]))
     views = range(reader.n_views) if view is None else [view]
     if views[0] not in range(reader.n_views):

@@ -101,7 +101,7 @@ class RunSummary:
             "name": experiment.config.name,
             "run": run,
             "config": str(experiment.file),
-            "workdir": str(experiment.workdir.root),
+            "workdir": experiment.workdir.place,
             "outcome": "success" if error is None else "failure",
             "failure": None if error is None else {"kind": kind_of(error), "error": told_of(error)},
             "started": self._started.isoformat(timespec="seconds"),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from models.model_config import model_config_places
 from pipeline.events import append_event, told
 from pipeline.job_code import check_job_code
 from pipeline.workdir import Claim
@@ -24,6 +25,7 @@ from stages.answers import Forward
 from stages.preparation import PreparedBatch, ShardJob, prepared_batches
 from storage.encodings import PICTURE_SIZE_PX
 from storage.errors import WorkError
+from storage.inputs import bring
 
 Work = Callable[[ShardJob, Iterable[PreparedBatch], Forward, Mapping[str, Any]], Any]
 """What a teacher does with a job: (job, its batches, forward pass, provenance) -> result. `teach_shard` is one."""
@@ -66,6 +68,8 @@ def load_from_checkpoint(settings: TeacherSettings) -> tuple[Forward, dict[str, 
         torch.set_num_threads(settings.threads)
     device = "cuda" if settings.gpus else "cpu"
     append_event(settings.events, "teacher_loading", device=device)
+    for place in (settings.checkpoint, *model_config_places(settings.checkpoint)):
+        bring(place, optional=True)
     teacher = load_teacher(
         settings.checkpoint, settings.mano_model, device, settings.precision, compiled=settings.compiled
     )

@@ -133,7 +133,7 @@ def _calibration_line(train: CacheState, views: int) -> str:
 
 
 def _reason(state: CacheState, plan: ShardPlan, *, known: bool) -> Reason:
-    if plan.input_hash in state.damaged or state.folder.shard_path(plan.input_hash).exists():
+    if plan.input_hash in state.damaged | state.stored or state.folder.shard_path(plan.input_hash).exists():
         return "damaged"
     return "changed" if known else "new"
 
@@ -207,6 +207,7 @@ def _sweep(states: list[CacheState]) -> None:
 
 
 def _states_now(experiment: Experiment) -> list[CacheState]:
+    experiment.workdir.settle()
     forget_caches(experiment)
     return [cache_state(experiment, role) for role in ROLES]
 
@@ -222,7 +223,10 @@ def _make_ready(experiment: Experiment, state: CacheState) -> None:
             attachments[CODEC_FILE] = codec
         CacheFolder.create(experiment.caches_folder, state.identity, attachments)
     for input_hash in state.damaged:
-        state.folder.discard(input_hash)
+        if experiment.workdir.store is None:
+            state.folder.discard(input_hash)
+        else:
+            experiment.workdir.remove(state.folder.shard_path(input_hash))
     for record in state.folder.adopt(state.records.keys() - state.damaged).adopted:
         append_event(experiment.workdir.events, "shard_adopted", unit=record.input_hash, dataset=record.dataset)
 
@@ -271,6 +275,7 @@ def _jobs(experiment: Experiment, state: CacheState) -> Iterator[ShardJob]:
                 base=experiment.base,
                 events=experiment.workdir.events,
                 told=told(),
+                store=experiment.workdir.store,
             )
 
 

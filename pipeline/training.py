@@ -23,6 +23,7 @@ from pipeline.tables import bytes_below
 from pipeline.workdir import Claim, claim_of
 from pipeline.workers import Resources, network_resources, ray_session, run_units
 from storage.durable import canonical_json, write_bytes_atomic
+from storage.inputs import bring
 from trainer.config import TRAINING_VERSION, StudentRecipe
 
 if TYPE_CHECKING:
@@ -222,6 +223,8 @@ class _Reporter:
 
 def train_unit(unit: TrainUnit) -> TrainResult:
     """Train one student, or go on with it (runs in a worker of its own)."""
+    for path in (unit.job.weights, unit.job.mocap):
+        bring(path)
     if unit.resources.workers > 1:
         return _train_together(unit)
     import torch
@@ -320,7 +323,7 @@ def _unit(experiment: Experiment, state: StudentState, cache: CacheState, parent
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(folder / "identity.json", canonical_json(state.identity))
     snapshots = tuple(
-        (name, cache.root, cache.digests[name] or "", experiment.datasets[name].weight) for name in state.recipe.on
+        (name, cache.address, cache.digests[name] or "", experiment.datasets[name].weight) for name in state.recipe.on
     )
     job = TrainJob(
         name=state.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from pipeline.workdir import lease
 from storage.config import encoding_parts
 from storage.errors import DamageError, InputError
 from storage.ledger import ShardRecord
+from storage.mirror import Mirror
 from storage.reading import CacheReader, open_cache
 from storage.snapshots import read_head
 from storage.verification import Damage, verify_folder, verify_joins, verify_shard
@@ -54,11 +56,12 @@ def verify(experiment: Experiment, *, with_teacher: bool = True, with_sources: b
     damaged = list(dict.fromkeys(str(damage) for damage in uncalibrated))  # the roles share it
     if not states and not damaged:
         raise InputError("verify: there is no cache yet for this configuration; run `handstill run teach`")
+    store = experiment.workdir.store
     worst, rechecked, replays = 0.0, 0, Replays()
     started = time.monotonic()
     with lease(experiment.workdir), alone(experiment.cache_references, "verify"):
         for state in states:
-            damaged += [str(damage) for damage in (*verify_folder(state.folder), *_verify_shards(state))]
+            damaged += [str(damage) for damage in (*verify_folder(state.folder), *_verify_shards(state, store))]
         seconds = time.monotonic() - started
         if with_teacher and not damaged:
             rechecked, worst, wrong = _recheck(experiment, states)
@@ -86,24 +89,34 @@ def verify(experiment: Experiment, *, with_teacher: bool = True, with_sources: b
     }
 
 
-def _verify_shards(state: CacheState) -> list[Damage]:
+def _verify_shards(state: CacheState, store: Mirror | None) -> list[Damage]:
     found: list[Damage] = []
     bad: set[str] = set()
     with ThreadPoolExecutor(os.cpu_count()) as pool, StageProgress("verify", len(state.records), "shards") as progress:
 
         def look(record: ShardRecord) -> tuple[ShardRecord, list[Damage]]:
-            return record, verify_shard(state.folder, record)
+            if store is None:
+                return record, verify_shard(state.folder, record)
+            try:
+                store.fetch_shard(state.root, record)
+                return record, verify_shard(state.folder, record)
+            finally:  # one shard a thread is here at a time
+                shutil.rmtree(state.folder.shard_path(record.input_hash), ignore_errors=True)
 
         for record, damages in pool.map(look, state.records.values()):
             progress.advance()
             found += damages
             if damages:
                 bad.add(record.input_hash)
-    found += verify_joins(state.folder, bad)
+    if store is None:  # whether ids are the snapshots' own: over a network that would be a second reading of all
+        found += verify_joins(state.folder, bad)
     for input_hash in bad:
         here = [damage for damage in found if input_hash in str(damage.path)]
         why = [f"{damage.path.relative_to(state.root)}: {damage.what}" for damage in here]
-        state.folder.withdraw(input_hash, why)
+        if store is None:
+            state.folder.withdraw(input_hash, why)
+        else:
+            store.remove(state.folder.record_path(input_hash))
     return found
 
 
@@ -174,7 +187,7 @@ def _recheck(experiment: Experiment, states: list[CacheState]) -> tuple[int, flo
 
 def _readers(states: list[CacheState]) -> Iterator[tuple[CacheState, CacheReader]]:
     """The caches that some run has finished; of the others only the shards can be looked at."""
-    return ((state, open_cache(state.root)) for state in states if read_head(state.root))
+    return ((state, open_cache(state.address)) for state in states if read_head(state.root))
 
 
 def features_tolerance(encoding: str, precision: str, codec_error: float) -> float:

@@ -10,15 +10,20 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
 from pipeline.job_code import check_job_code
-from storage.durable import is_partial, remove_tree, sweep_partial
+from pipeline.store_lease import holder_sentence, pushing, read_lease, store_lease, was_ours
+from storage.bucket import Bucket
+from storage.disk_cache import default_folder
+from storage.durable import is_partial, remove_tree, sha256_bytes, sweep_partial
 from storage.errors import BusyError, InputError, WorkError
+from storage.mirror import Mirror
+from storage.objects import is_url
 
 log = logging.getLogger("handstill")
 
@@ -32,6 +37,41 @@ class Workdir:
     """Every place that a run writes to, by name."""
 
     root: Path
+    """The folder; of a workdir on an object store this machine's copy (storage/mirror.py)."""
+    store: Mirror | None = None
+
+    @property
+    def place(self) -> str:
+        """What a configuration calls it: the same on every machine."""
+        return str(self.root) if self.store is None else self.store.url
+
+    def address(self, path: Path) -> Path | str:
+        """Where readers on any machine find a cache: its folder, or its URL."""
+        return path if self.store is None else self.store.address(path)
+
+    def below(self, name: str) -> Workdir:
+        """A workdir of its own in this one."""
+        store = None if self.store is None else Mirror(self.root / name, f"{self.store.url}/{name}")
+        return Workdir(self.root / name, store)
+
+    def refresh(self) -> None:
+        """Before anything is read: of a workdir on a store, bring the copy up to date."""
+        if self.store is not None:
+            store = self.store
+            store.pull(lambda: was_ours(store))
+
+    def settle(self) -> None:
+        """Between two stages: what this machine made is on the store, and what others made is here."""
+        if self.store is not None:
+            self.store.push()
+            self.store.pull(lambda: True)
+
+    def remove(self, path: Path) -> None:
+        """Delete a file or folder of the workdir; only under the lease."""
+        if self.store is not None:
+            self.store.remove(path)
+        else:
+            remove_tree(path)
 
     @property
     def manifests(self) -> Path:
@@ -121,12 +161,13 @@ def open_workdir(path: str, base: Path) -> Workdir:
     """The workdir that a configuration names; nothing is made yet.
 
     Raises:
-        InputError: it is an object-store URL, which this version does not write to.
+        InputError: it is a URL of what a run cannot write to.
     """
-    if "://" in path:
-        raise InputError(
-            f"workdir: found {path!r}; this version writes to local (or mounted) folders only. Give a path."
-        )
+    if is_url(path):
+        url = Bucket(path.rstrip("/")).url
+        name = f"{sha256_bytes(url.encode())[:16]}-{url.rpartition('/')[2]}"
+        root = (default_folder() / "workdirs" / name).absolute()
+        return Workdir(root, Mirror(root, url))
     return Workdir((base / Path(path).expanduser()).absolute())
 
 
@@ -134,12 +175,13 @@ def open_workdir(path: str, base: Path) -> Workdir:
 def lease(workdir: Workdir, orphans_end_in_s: float = ORPHANS_END_IN_S) -> Iterator[None]:
     """Hold the workdir alone: no other run, and no worker that a killed run left behind, writes to it meanwhile.
 
-    The kernel drops a lock with its holder, so a killed run never blocks the next.
+    The kernel drops a lock with its holder, so a killed run never blocks the next. On an object store a lease does
+    what the lock does here (`store_lease`); at the end everything is there.
 
     Raises:
         InputError: the folder cannot be written to.
         BusyError: another run holds it; the message names it.
-        WorkError: a killed run's worker does not end.
+        WorkError: a killed run's worker does not end, or the store does not answer.
     """
     try:
         workdir.root.mkdir(parents=True, exist_ok=True)
@@ -154,11 +196,13 @@ def lease(workdir: Workdir, orphans_end_in_s: float = ORPHANS_END_IN_S) -> Itera
             who = holder_sentence(handle.read())
             raise BusyError(f"another run holds {workdir.root}: {who}. Wait for it, or stop that process.") from None
         handle.truncate(0)
-        handle.write(json.dumps(_holder()))
+        holder = _holder()
+        handle.write(json.dumps(holder))
         handle.flush()
         # From here on a worker of another run that begins is refused; those at work already are waited for.
         _wait_for_orphans(workdir, orphans_end_in_s)
-        yield
+        with nullcontext() if workdir.store is None else store_lease(workdir.store, holder):
+            yield
 
 
 def sweep_leftovers(workdir: Workdir) -> None:
@@ -187,16 +231,6 @@ def run_of(workdir: Workdir) -> str | None:
         return str(json.loads(_said_by_holder(workdir))["run"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def holder_sentence(said: str) -> str:
-    """What lease.json says of the run that holds a workdir, for a person."""
-    try:
-        holder = json.loads(said)
-        since = datetime.fromisoformat(holder["since"]).astimezone(UTC)
-        return f"process {holder['pid']} on {holder['host']}, since {since:%Y-%m-%d %H:%M:%S} UTC"
-    except (ValueError, KeyError, TypeError):
-        return "it has not said who it is"
 
 
 def _wait_for_orphans(workdir: Workdir, patience_s: float) -> None:
@@ -240,11 +274,27 @@ class Claim:
                 code than the job that was submitted.
         """
         check_job_code()
+        store = self.workdir.store
+        self.workdir.root.mkdir(parents=True, exist_ok=True)
         with self.workdir.workers_lock.open("a") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH)
-            if _said_by_holder(self.workdir) != self.holder:
-                raise WorkError(f"this worker's run is over: another run holds {self.workdir.root}")
-            yield
+            self.check()
+            if store is None:
+                yield
+                return
+            if _said_by_holder(self.workdir) != self.holder:  # another machine than the run's: a copy of its own
+                store.pull(lambda: True)
+            with pushing(store, leads=False, check=self.check):
+                yield
+
+    def check(self) -> None:
+        """Raises WorkError where another run has the workdir now: what this worker made is not wanted any more."""
+        if self.workdir.store is None:
+            valid = _said_by_holder(self.workdir) == self.holder
+        else:
+            valid = read_lease(self.workdir.store.bucket)[0].get("run") == json.loads(self.holder)["run"]
+        if not valid:
+            raise WorkError(f"this worker's run is over: another run holds {self.workdir.place}")
 
 
 def claim_of(workdir: Workdir) -> Claim:

@@ -36,8 +36,10 @@ from storage.config import CacheConfig, FeaturesConfig, PicturesConfig
 from storage.durable import sha256_bytes
 from storage.encodings import decode_picture, encode_picture
 from storage.errors import InputError
+from storage.inputs import bring
 from storage.ledger import Quarantined
 from storage.manifest import Role
+from storage.mirror import Mirror
 
 EVALUATION_VIEWS = 2
 """Of an evaluation sample: view 0 in the students' box, view 1 in the teacher's own, wider one."""
@@ -93,6 +95,8 @@ class ShardJob:
     """What these lines say besides: which run and stage, where."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Samples that are not to be touched, because whoever does dies of it; sample id -> reason."""
+    store: Mirror | None = None
+    """Of a workdir on an object store: where the shard goes. `cache_root` is then in this machine's copy."""
 
     @property
     def sample_ids(self) -> list[str]:
@@ -178,6 +182,7 @@ def read_photo(row: Row, base: Path) -> bytes:
         SourceChangedError: its bytes are not those that were ingested.
     """
     in_tar, path = row["image_offset"] >= 0, photo_file(row, base)
+    bring(path)
     try:
         with path.open("rb") as file:
             if in_tar:

@@ -30,6 +30,7 @@ from storage.durable import partial_path, publish_directory, remove_tree
 from storage.encodings import JPEG_SUBSAMPLING, PAPER_SIZE, bilinear_taps
 from storage.errors import DamageError
 from storage.ledger import Quarantined, ShardRecord
+from storage.mirror import Mirror
 from storage.reading import PICTURES, CacheReader
 from storage.shards import ShardHeader, ShardWriter
 from storage.verification import quick_check
@@ -132,10 +133,13 @@ def write_shard(
 ) -> WrittenShard | ShardRecord:
     """The part of `teach_shard` that needs the teacher; the record where the shard is finished already."""
     folder = CacheFolder(job.cache_root)
-    done = _already_there(folder, job.input_hash)
+    done = (
+        _already_there(folder, job.input_hash) if job.store is None else job.store.record(folder.root, job.input_hash)
+    )
     if done is not None:
         return done
     _note(job, "shard_started")
+    folder.shards_dir.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder.shard_path(job.input_hash))
     try:
         codec = folder.codec()
@@ -151,6 +155,8 @@ def write_shard(
 def publish_shard(job: ShardJob, written: WrittenShard) -> ShardRecord:
     """The part of `teach_shard` that waits for the disk: durable, published, recorded, in this order."""
     folder = CacheFolder(job.cache_root)
+    if job.store is not None:
+        return _commit_to_store(job, job.store, written)
     try:
         published = publish_directory(written.partial, folder.shard_path(job.input_hash))
     finally:
@@ -162,6 +168,16 @@ def publish_shard(job: ShardJob, written: WrittenShard) -> ShardRecord:
     else:  # another attempt was faster: record what it published, whose last bits may be another machine's
         record = folder.adopt_shard(job.input_hash)
     _note(job, "shard_committed", bytes=record.bytes)
+    return record
+
+
+def _commit_to_store(job: ShardJob, store: Mirror, written: WrittenShard) -> ShardRecord:
+    """Objects first, record last; nothing of the shard stays on this machine's disk."""
+    try:
+        record = store.commit_shard(job.cache_root, written.partial, written.record)
+    finally:
+        remove_tree(written.partial)
+    _note(job, "shard_committed")
     return record
 
 

@@ -96,17 +96,22 @@ def read_record(path: Path) -> ShardRecord:
     if fields.get("input_hash") != path.stem:
         raise DamageError(f"{path} holds the record of another shard ({fields.get('input_hash')})")
     with of_this_format(str(path)):
-        return ShardRecord(
-            input_hash=fields["input_hash"],
-            dataset=fields["dataset"],
-            role=fields["role"],
-            samples_in=fields["samples_in"],
-            rows=fields["rows"],
-            quarantined=read_quarantine(fields["quarantined"]),
-            provenance=fields["provenance"],
-            # Interned: all shards have the same sixty names, and the real job's records are all in memory at once.
-            files={sys.intern(name): FileDigest(**digest) for name, digest in fields["files"].items()},
-        )
+        return record_of_document(fields)
+
+
+def record_of_document(fields: Mapping[str, Any]) -> ShardRecord:
+    """What `record_document` made; the seal has been checked. KeyError and TypeError where it is another's."""
+    return ShardRecord(
+        input_hash=fields["input_hash"],
+        dataset=fields["dataset"],
+        role=fields["role"],
+        samples_in=fields["samples_in"],
+        rows=fields["rows"],
+        quarantined=read_quarantine(fields["quarantined"]),
+        provenance=fields["provenance"],
+        # Interned: all shards have the same sixty names, and the real job's records are all in memory at once.
+        files={sys.intern(name): FileDigest(**digest) for name, digest in fields["files"].items()},
+    )
 
 
 def withdrawal_path(record_path: Path) -> Path:

@@ -57,13 +57,7 @@ class ObjectStore:
     """Everything under one URL. Thread-safe; cheap to make again from its URL."""
 
     def __init__(self, url: str) -> None:
-        found = _URL.fullmatch(url)
-        if found is None:  # the URL is not repeated: it may hold a key
-            raise InputError(
-                "an object store's URL was found that is not one of s3://bucket/path or gs://bucket/path; credentials "
-                "and options do not belong into it: set AWS_ENDPOINT_URL and the standard variables of its SDK"
-            )
-        scheme, bucket, prefix = found.groups()
+        scheme, bucket, prefix = parsed_url(url)
         self.url = f"{scheme}://{bucket}/{prefix}"
         self._prefix = f"{bucket}/{prefix}"
         self._fs = _s3(bucket) if scheme == "s3" else _gcs()
@@ -76,11 +70,11 @@ class ObjectStore:
 
     def read(self, name: str) -> bytes:
         """A whole object; FileNotFoundError, InputError (access refused) or WorkError (it cannot be had)."""
-        return self._tried(name, lambda: self._piece(name, 0, None))
+        return self._tried("read", name, lambda: self._piece(name, 0, None))
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """`length` bytes from `start` on; errors as of `read`."""
-        return self._tried(name, lambda: self._piece(name, start, length))
+        return self._tried("read", name, lambda: self._piece(name, start, length))
 
     def write_file(self, name: str, path: Path) -> None:
         """Put a file's bytes; the object appears whole or not at all. Errors as of `read`."""
@@ -89,7 +83,7 @@ class ObjectStore:
             with path.open("rb") as file, self._fs.open_output_stream(f"{self._prefix}/{name}") as stream:
                 shutil.copyfileobj(file, stream, WRITE_SIZE_BYTES)
 
-        self._tried(name, put)
+        self._tried("write", name, put)
 
     def _piece(self, name: str, start: int, length: int | None) -> bytes:
         with self._fs.open_input_file(f"{self._prefix}/{name}") as file:
@@ -99,30 +93,60 @@ class ObjectStore:
             raise OSError(f"{len(data)} of {wanted} bytes came")
         return data
 
-    def _tried(self, name: str, attempt: Callable[[], T]) -> T:
-        wait_s = FIRST_WAIT_S
-        for number in range(1, ATTEMPTS + 1):
-            try:
-                return attempt()
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{self.url}/{name} is not there") from None
-            except OSError as error:
-                why, refused = _reason(error)
-                if refused:
-                    raise InputError(
-                        f"{self.url}/{name}: access was refused ({why}); give this process credentials that may "
-                        "read it, in the environment or in the profile that the store's SDK reads"
-                    ) from None
-                if number == ATTEMPTS:
-                    raise WorkError(
-                        f"{self.url}/{name}: {ATTEMPTS} attempts failed, the last with {why}; "
-                        "run again when the store answers"
-                    ) from None
-                if number == ATTEMPTS // 2:
-                    log.warning("%s/%s: %d attempts failed, the last with %s", self.url, name, number, why)
-            time.sleep(wait_s * random.uniform(0.5, 1.0))  # so that many readers do not come back all at once
-            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-        raise AssertionError("unreachable")
+    def _tried(self, operation: str, name: str, attempt: Callable[[], T]) -> T:
+        return tried(f"{self.url}/{name}", operation, attempt, OSError, _reason)
+
+
+Error = TypeVar("Error", bound=Exception)
+
+
+def tried(
+    what: str,
+    operation: str,
+    attempt: Callable[[], T],
+    errors: type[Error] | tuple[type[Error], ...],
+    reason: Callable[[Error], tuple[str, bool]],
+) -> T:
+    """The answer of one request, which is repeated where it fails, with growing waits.
+
+    what: the object, for messages. errors: those that may pass. reason: (what to say of one, whether the store refused
+    access). Raises FileNotFoundError (as it comes), InputError (access refused) or WorkError (it does not answer).
+    """
+    wait_s = FIRST_WAIT_S
+    for number in range(1, ATTEMPTS + 1):
+        try:
+            return attempt()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{what} is not there") from None
+        except errors as error:
+            why, refused = reason(error)
+            if refused:
+                raise InputError(
+                    f"{what}: access was refused ({why}); give this process credentials that may {operation} it, "
+                    "in the environment or in the profile that the store's SDK reads"
+                ) from None
+            if number == ATTEMPTS:
+                raise WorkError(
+                    f"{what}: {operation}: {ATTEMPTS} attempts failed, the last with {why}; "
+                    "run again when the store answers"
+                ) from None
+            if number == ATTEMPTS // 2:
+                log.warning("%s: %s: %d attempts failed, the last with %s", what, operation, number, why)
+        time.sleep(wait_s * random.uniform(0.5, 1.0))  # so that many readers do not come back all at once
+        wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+    raise AssertionError("unreachable")
+
+
+def parsed_url(url: str) -> tuple[str, str, str]:
+    """(scheme, bucket, prefix) of a URL; InputError where it is none."""
+    found = _URL.fullmatch(url)
+    if found is None:  # the URL is not repeated: it may hold a key
+        raise InputError(
+            "an object store's URL was found that is not one of s3://bucket/path or gs://bucket/path; credentials "
+            "and options do not belong into it: set AWS_ENDPOINT_URL and the standard variables of its SDK"
+        )
+    scheme, bucket, prefix = found.groups()
+    return scheme, bucket, prefix
 
 
 def _reason(error: OSError) -> tuple[str, bool]:

@@ -54,7 +54,7 @@ class EvaluationSet:
     """One data set at one snapshot, and the rules it is scored by."""
 
     dataset: str
-    cache_root: Path
+    cache_root: Path | str
     digest: str
     protocol: Protocol | None = None
 

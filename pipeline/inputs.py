@@ -1,0 +1,69 @@
+"""Inputs that a configuration names by s3:// URLs: copied here, and the configuration with the copies' paths.
+
+From there on nobody sees a difference: a digest is of the bytes, wherever they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from models.model_config import MODEL_CONFIG
+from pipeline.config import PipelineConfig
+from stages.ingest import expand_braces
+from storage.errors import InputError
+from storage.inputs import bring_all, copy_of
+from storage.objects import is_url
+
+SECTIONS = ("datasets", "teacher", "train", "students")
+"""Those that name input files."""
+
+
+def with_copies(config: PipelineConfig) -> PipelineConfig:
+    """The configuration with paths in the place of URLs, whose files are here as the store has them now.
+
+    Raises:
+        InputError: something is not on the store, or cannot be a URL.
+        WorkError: the store does not answer.
+    """
+    document = config.model_dump(exclude_unset=True)
+    urls = sorted({url for section in SECTIONS for url in _urls(document.get(section))})
+    if not urls:
+        return config
+    _check_synthesised(config)
+    beside = _beside(config.teacher.checkpoint)
+    bring_all((expanded for url in urls for expanded in expand_braces(url)), optional=beside)
+    return PipelineConfig.model_validate(
+        {name: _local(value) if name in SECTIONS else value for name, value in document.items()}
+    )
+
+
+def _urls(value: Any) -> Iterator[str]:
+    if isinstance(value, str) and is_url(value):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _urls(each)
+
+
+def _local(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _local(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_local(each) for each in value]
+    return str(copy_of(value)) if isinstance(value, str) and is_url(value) else value
+
+
+def _beside(checkpoint: str) -> list[str]:
+    """Where a checkpoint's model_config.yaml may be (models/model_config.py)."""
+    if not is_url(checkpoint):
+        return []
+    folder = checkpoint.rpartition("/")[0]
+    above = folder.rpartition("/")[0]
+    return [f"{place}/{MODEL_CONFIG}" for place in (above, folder) if place.count("/") > 2]
+
+
+def _check_synthesised(config: PipelineConfig) -> None:
+    for name in config.synthesise.sets if config.synthesise is not None else ():
+        if any(_urls(config.datasets[name].model_dump())):
+            raise InputError(f"datasets.{name}: it is synthesised, which writes to a folder; give a path, not a URL")
