@@ -174,12 +174,18 @@ def _check_values(made: Mapping[str, NDArray[Any]], vertices: int, what: str) ->
 
 
 def _array(value: Any, kind: str, what: str, name: str) -> NDArray[Any]:
-    found = np.array(value, subok=False)
+    try:
+        found = np.array(value, subok=False)
+    except (ValueError, TypeError, OverflowError):  # lists of several lengths, objects that are no numbers
+        raise InputError(f"{what}: {name} is no array of numbers.") from None
     if found.dtype.kind not in "iuf":
         raise InputError(f"{what}: {name} holds {found.dtype}, wanted numbers.")
-    if not np.isfinite(found).all():
-        raise InputError(f"{what}: {name} holds NaN or infinity.")
-    made = np.ascontiguousarray(found, np.float32 if kind == "f" else np.int64)
+    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is refused by what follows
+        made = np.ascontiguousarray(found, np.float32 if kind == "f" else np.int64)
+    if not (np.isfinite(found).all() and np.isfinite(made).all()):
+        raise InputError(f"{what}: {name} holds NaN, infinity, or a number beyond float32.")
+    if kind == "i" and not np.array_equal(made, found):
+        raise InputError(f"{what}: {name} holds numbers that are no whole ones.")
     if name == "parents" and made.size and made.flat[0] in (-1, 2**32 - 1):  # MANO's unsigned "no parent"
         made.flat[0] = -1
     made.setflags(write=False)

@@ -120,6 +120,9 @@ def test_hostile_value_inside_a_good_pickle(tmp_path: Path) -> None:
     [
         ({"v_template": np.zeros((700, 3))}, "700 vertices"),
         ({"v_template": np.full((750, 3), np.nan)}, "v_template holds NaN"),
+        ({"v_template": np.full((750, 3), 1e39)}, "v_template holds .* beyond float32"),
+        ({"v_template": [[1.0, 2.0, 3.0], [1.0, 2.0]]}, "v_template is no array of numbers"),
+        ({"faces": np.full((4, 3), 0.5)}, "faces holds numbers that are no whole ones"),
         ({"shapedirs": np.zeros((750, 3, 20))}, "shapedirs has shape"),
         ({"posedirs": np.zeros((750, 3, 207))}, "posedirs has shape"),
         ({"weights": np.zeros((750, 16))}, "a row of weights"),
