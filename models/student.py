@@ -143,6 +143,12 @@ class _StoredSpec(Section):
     format_version: Literal[1] = 1
     spec: StudentSpec
 
+    @model_validator(mode="after")
+    def _opens_no_other_file(self) -> _StoredSpec:
+        if self.spec.weights is not None:  # `save` writes none; a student that was sent to us names no file of ours
+            raise ValueError("spec.weights names a file; a stored student has its weights beside it")
+        return self
+
 
 def _check_weights(spec: StudentSpec, hand_model: HandModel, weights: dict[str, Tensor], folder: Path) -> None:
     """Whether the weights are of the network that the specification names, before that takes any memory."""

@@ -119,9 +119,9 @@ def _explain(item: ErrorDetails) -> list[str]:
 
 def _near_choice(item: ErrorDetails) -> str:
     """`; did you mean 'x'?` where what was found is nearly one of the words that may stand there."""
-    if item["type"] != "literal_error":
+    if item["type"] != "literal_error" or not isinstance(item["input"], str):
         return ""
-    hint = did_you_mean(str(item["input"]), re.findall("'([^']*)'", item["ctx"]["expected"]))
+    hint = did_you_mean(item["input"], re.findall("'([^']*)'", item["ctx"]["expected"]))
     return hint if "did you mean" in hint else ""
 
 

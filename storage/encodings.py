@@ -97,13 +97,19 @@ def encode_picture(picture: NDArray[np.uint8], codec: str, quality: int) -> byte
 
 def decode_picture(data: bytes) -> NDArray[np.uint8]:
     """The (256,256,3) uint8 RGB pixels of a stored picture; DamageError when the bytes are no such picture."""
+    wanted = (PICTURE_SIZE_PX, PICTURE_SIZE_PX)
     try:
         if data[:2] == b"\xff\xd8":
-            picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False)
+            found = simplejpeg.decode_jpeg_header(data)[:2]
+            image = None
         else:
-            picture = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB"))
-    except (ValueError, OSError) as error:
+            image = Image.open(io.BytesIO(data), formats=["PNG"])
+            found = image.size
+        if found != wanted:  # before it is decoded: a few bytes may stand for gigabytes of pixels
+            raise DamageError(f"a stored picture has {found} pixels, not {wanted}; run `handstill verify`")
+        if image is not None:
+            return np.asarray(image.convert("RGB"))
+        picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False)
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DamageError(f"a stored picture cannot be decoded ({error}); run `handstill verify`") from error
-    if picture.shape != (PICTURE_SIZE_PX, PICTURE_SIZE_PX, 3):
-        raise DamageError(f"a stored picture has shape {picture.shape}, not (256, 256, 3); run `handstill verify`")
     return picture

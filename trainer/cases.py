@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage.durable import partial_path, sync_directory
+from storage.errors import DamageError
 from storage.reading import CacheReader
 
 PAIRED_METRICS = ("pa_mpjpe_mm", "pa_mpvpe_mm", "error_2d_share")
@@ -25,6 +26,19 @@ BEST, WORST = 6, 18
 """So many of each are kept: the samples that are worst for several students must be among them."""
 
 Columns = dict[str, NDArray[Any]]
+
+_TYPES = {
+    "sample_id": pa.string(),
+    "picture": pa.binary(),
+    **{
+        name: pa.list_(pa.float16(), width)
+        for name, width in (("joint_errors_mm", 21), ("keypoints_2d", 42), ("label_2d", 63))
+    },
+}
+"""Of the columns that are not one float a sample."""
+_MAX_NUMBERS = 1 << 28
+"""In a table, as float64 2 GiB: three million samples."""
+_MAX_PICTURES = 1000
 
 
 def paired_metric(columns: Mapping[str, NDArray[Any]]) -> str | None:
@@ -64,9 +78,38 @@ def _column(values: Any) -> pa.Array:
 
 
 def read_table(path: Path) -> Columns:
-    """What `write_table` wrote; lists as (N, K) float64, binary as objects."""
-    table = pq.read_table(path)
-    return {name: _array(table[name].combine_chunks()) for name in table.column_names}
+    """What `write_table` wrote; lists as (N, K) float64, binary as objects.
+
+    Raises DamageError for any other file: a table comes from an MLflow server, to which others may write.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            problem = _problem(file.schema_arrow, file.metadata.num_rows)
+            table = None if problem else file.read()
+    except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
+        raise DamageError(f"it cannot be read ({error})") from error
+    if table is None:
+        raise DamageError(problem)
+    if any(column.null_count for column in table.columns):
+        raise DamageError("it has holes")
+    columns = {name: _array(table[name].combine_chunks()) for name in table.column_names}
+    if len(set(columns["sample_id"].tolist())) != table.num_rows:
+        raise DamageError("it has a sample twice")
+    return columns
+
+
+def _problem(schema: pa.Schema, rows: int) -> str:
+    """Why this is no table of ours, before anything of it is decoded: a few bytes may stand for many rows."""
+    if len(set(schema.names)) != len(schema.names) or schema.get_field_index("sample_id") < 0:
+        return f"it has the columns {', '.join(schema.names[:20])}, of which sample_id must be one, and none twice"
+    width = 0
+    for field in schema:
+        wanted = _TYPES.get(field.name, pa.float64())
+        if field.type != wanted and not (wanted == pa.float64() and pa.types.is_floating(field.type)):
+            return f"its column {field.name} holds {field.type}, wanted {wanted}"
+        width += getattr(field.type, "list_size", 1)
+    most = _MAX_PICTURES if "picture" in schema.names else _MAX_NUMBERS // width
+    return f"it has {rows} rows, at most {most} are read" if rows > most else ""
 
 
 def _array(column: Any) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from trainer.config import METRICS, CompareConfig, MetricName
 from trainer.gate import Judge, better, find_baseline, gate_document
 from trainer.origins import cost, machines, origin
 from trainer.pairing import Group, all_pairs, budget_differences, recipe_differences, same_truth
-from trainer.runs import Runs, Scores, Selection, StudentRun, by_name, datasets_of
+from trainer.runs import Runs, Scores, Selection, StudentRun, by_name, datasets_of, whole
 from trainer.showcase import Case, find_cases
 
 CURVE = "validation/pa_mpjpe_mm"
@@ -149,15 +149,11 @@ def _student(runs: Runs, name: str, run: StudentRun) -> Document:
         "gflop": run.numbers.get("gflop"),
         "peak_memory_mb": run.numbers.get("peak_memory_mb"),
         "whole_path_ms": run.numbers.get("latency_whole_path_ms"),
-        "steps": _whole(run.params.get("steps")),
-        "batch_size": _whole(run.params.get("batch_size")),
+        "steps": whole(run.params.get("steps")),
+        "batch_size": whole(run.params.get("batch_size")),
         "cost": cost(runs, run),
         "origin": origin(run),
     }
-
-
-def _whole(text: str | None) -> int | None:
-    return int(text) if text is not None and text.isdigit() else None
 
 
 def _by_student(groups: Mapping[str, Group]) -> list[Document]:

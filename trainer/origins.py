@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from trainer.runs import Runs, StudentRun
+from trainer.runs import Runs, StudentRun, whole
 
 Document = dict[str, Any]
 
@@ -31,7 +31,7 @@ def cost(runs: Runs, run: StudentRun) -> Document:
     longest = max(_PAUSE * statistics.median(gaps), _LEAST_GAP_S)
     # a look says how many cores were busy since the one before it
     worked = [(gap, later[1]) for gap, later in zip(gaps, points[1:], strict=True) if gap <= longest]
-    workers = int(run.params.get("workers.count", "1") or 1)
+    workers = whole(run.params.get("workers.count")) or 1
     hours = sum(gap for gap, _ in worked) / 3600
     return {
         "hours": hours,

@@ -34,6 +34,7 @@ _ALL_NAMED = 9
 _LABEL_REACHES_PT = (2.0, 8.0, 16.0, 28.0, 44.0)
 _LABEL_DIRECTIONS = 16
 _LEADER_FROM_PT = 14.0
+_LONGEST_NAME = 36
 
 
 def trade_off(document: Document, dataset: str, metric: str) -> Figure:
@@ -106,12 +107,18 @@ def _speed_axis(axes: Axes, speeds: Sequence[float]) -> None:
     axes.set_xlabel("pictures a second, one at a time")
 
 
+def _lettering(name: str) -> str:
+    """A name as a figure has room for it, and as text: matplotlib sets what stands between dollars as a formula."""
+    short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\u2026"
+    return short.replace("$", r"\$")
+
+
 def _legend(axes: Axes, groups: Sequence[Document], backbones: Sequence[str]) -> None:
     strategies = [name for name in STRATEGY_COLOURS if any(group["strategy"] == name for group in groups)]
     dots = [Line2D([], [], marker="o", linestyle="", color=STRATEGY_COLOURS[name], label=name) for name in strategies]
     shapes = [
         Line2D([], [], marker=_MARKERS[at % len(_MARKERS)], linestyle="", color="#bbb", markeredgecolor="#333",
-               label=name)
+               label=_lettering(name))
         for at, name in enumerate(backbones)
     ]  # fmt: skip
     entries = [*dots, *(shapes if len(backbones) > 1 else [])]
@@ -129,7 +136,7 @@ def _label_points(figure: Figure, axes: Axes, named: Mapping[str, _Point], point
     frame = axes.get_window_extent(renderer)
     for name, point in sorted(named.items(), key=lambda item: item[1].fps):
         text = axes.annotate(
-            name, (point.fps, point.value), fontsize=8, xytext=(0, 0), textcoords="offset points", zorder=4
+            _lettering(name), (point.fps, point.value), fontsize=8, xytext=(0, 0), textcoords="offset points", zorder=4
         )
         size = text.get_window_extent(renderer)
         best = min(
@@ -189,7 +196,7 @@ def forest(pairs: Sequence[Document]) -> Figure:
     axes.axvline(0, color="#333", linewidth=1)
     reach = 1.15 * max(max(abs(pair["low"]), abs(pair["high"]), abs(pair["difference"])) for pair in pairs)
     axes.set_xlim(-reach, reach)  # an interval over two seeds may be endless, and would hide the rest
-    names = [f"{pair['student']} against {pair['baseline']}" for pair in reversed(pairs)]
+    names = [f"{_lettering(pair['student'])} against {_lettering(pair['baseline'])}" for pair in reversed(pairs)]
     axes.set_yticks(range(len(pairs)), names, fontsize=8)
     axes.set_ylim(-0.6, len(pairs) - 0.4)
     metric = METRIC_TITLES.get(pairs[0]["metric"], pairs[0]["metric"])
@@ -207,7 +214,7 @@ def learning_curves(curves: Curves, looks: Mapping[str, Look]) -> Figure:
                 by_step.setdefault(step, []).append(value)
         steps = sorted(by_step)
         if steps:
-            axes.plot(steps, [np.mean(by_step[s]) for s in steps], label=name, **looks[name].line_style)
+            axes.plot(steps, [np.mean(by_step[s]) for s in steps], label=_lettering(name), **looks[name].line_style)
             low, high = ([reduce(by_step[s]) for s in steps] for reduce in (min, max))
             axes.fill_between(steps, low, high, color=looks[name].colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("step")
@@ -221,7 +228,7 @@ def joint_errors(by_joint: Document, looks: Mapping[str, Look]) -> Figure:
     figure, axes = _axes(height_in=4.4)
     for name, errors in by_joint["error_mm"].items():
         values = [np.nan if value is None else value for value in errors]
-        axes.plot(values, label=name, **looks[name].line_style)
+        axes.plot(values, label=_lettering(name), **looks[name].line_style)
     axes.set_xticks(range(len(by_joint["joints"])), by_joint["joints"], rotation=60, ha="right", fontsize=8)
     for border in range(0, len(by_joint["joints"]), 4):
         axes.axvline(border + 0.5, color="#ddd", linewidth=0.8, zorder=0)
@@ -245,7 +252,8 @@ def difficulty(parts: Sequence[Document], looks: Mapping[str, Look]) -> Figure:
             reach = np.array([0.0 if v is None else v for v in part["reach"][name]])
             shift = (at - (len(names) - 1) / 2) * 0.05
             axes.errorbar(
-                np.arange(len(values)) + shift, values, reach, capsize=2, label=name, **looks[name].line_style
+                np.arange(len(values)) + shift, values, reach, capsize=2, label=_lettering(name),
+                **looks[name].line_style,
             )  # fmt: skip
         spans = [f"{low:.3g}–{high:.3g}\nn={count}" for low, high, count in
                  zip(part["from"], part["to"], part["samples"], strict=True)]  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import requests
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
@@ -28,7 +28,13 @@ from trainer.cases import Columns, read_table
 from trainer.config import METRICS
 
 _NOT_DATA_SETS = ("validation", "label", "teacher", "latency_ms")
+_DATA_SET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
+_LONGEST_NAME = 80
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
 _PAGE = 200
+_MAX_BYTES = 1 << 30
+"""Of an artifact that is read: samples tables of a million samples have a quarter of it."""
+_PNG = b"\x89PNG\r\n\x1a\n"
 REGISTERED = "models:/"
 """What the name of a registered model's version begins with: models:/<name>/<version>, models:/<name>@<alias>."""
 
@@ -144,20 +150,34 @@ class Runs:
 
     def cases(self, run: StudentRun, dataset: str) -> Columns | None:
         """What the run answered best and worst, with the pictures: trainer.cases."""
-        return self._table(run, f"evaluation/{dataset}/cases.parquet")
+        artifact = f"evaluation/{dataset}/cases.parquet"
+        table = self._table(run, artifact)
+        if table is not None and (missing := {"picture", "label_2d"} - table.keys()):
+            raise self._damaged(run, artifact, f"it has no column {min(missing)}")
+        return table
 
     def evaluation(self, run: StudentRun) -> dict[str, Any]:
         """The run's evaluation.json; empty where it has none."""
         with tempfile.TemporaryDirectory() as folder:
-            path = self._download(run, "evaluation/evaluation.json", Path(folder))
-            document: dict[str, Any] = {} if path is None else json.loads(path.read_bytes())
+            artifact = "evaluation/evaluation.json"
+            path = self._download(run, artifact, Path(folder))
+            try:
+                document = {} if path is None else json.loads(path.read_bytes())
+            except (ValueError, RecursionError) as error:
+                raise self._damaged(run, artifact, f"it is no JSON ({error})") from error
+            if not isinstance(document, dict):
+                raise self._damaged(run, artifact, f"it holds a {type(document).__name__}, wanted an object")
             return document
 
     def picture(self, run: StudentRun) -> bytes | None:
         """The PNG of the run's answers on validation pictures."""
         with tempfile.TemporaryDirectory() as folder:
-            path = self._download(run, "pictures/pictures.png", Path(folder))
-            return None if path is None else path.read_bytes()
+            artifact = "pictures/pictures.png"
+            path = self._download(run, artifact, Path(folder))
+            data = None if path is None else path.read_bytes()
+            if data is not None and not data.startswith(_PNG):
+                raise self._damaged(run, artifact, "it is no PNG")
+            return data
 
     def curve(self, run: StudentRun, metric: str) -> list[tuple[int, float]]:
         """(step, value) of everything the run logged under that name."""
@@ -195,15 +215,27 @@ class Runs:
             path = self._download(run, artifact, Path(folder))
             try:
                 return None if path is None else read_table(path)
-            except (pa.ArrowInvalid, ValueError) as error:
-                raise DamageError(f"{artifact} of run {run.run_id} at {self._uri} is damaged: {error}") from error
+            except DamageError as error:
+                raise self._damaged(run, artifact, str(error)) from error
 
     def _download(self, run: StudentRun, artifact: str, folder: Path) -> Path | None:
+        """The artifact's copy; None: the run has none. DamageError: a folder, or larger than any of ours."""
         parent = artifact.rpartition("/")[0]
         with self._reading():
-            if artifact not in {found.path for found in self._client.list_artifacts(run.run_id, parent)}:
+            found = [each for each in self._client.list_artifacts(run.run_id, parent) if each.path == artifact]
+            if not found:
                 return None
+            if found[0].is_dir:  # else everything below it would be fetched
+                raise self._damaged(run, artifact, "it is a folder")
+            if (found[0].file_size or 0) > _MAX_BYTES:
+                raise self._damaged(run, artifact, f"it has {found[0].file_size} bytes, at most {_MAX_BYTES} are read")
             return Path(self._client.download_artifacts(run.run_id, artifact, str(folder)))
+
+    def _damaged(self, run: StudentRun, artifact: str, why: str) -> DamageError:
+        return DamageError(
+            f"{artifact} of run {run.run_id} at {self._uri} is damaged: {why}. Leave the run out (--filter), or delete "
+            "it and run `handstill run`, which logs it again"
+        )
 
     @contextmanager
     def _reading(self, what: str = "") -> Iterator[None]:
@@ -231,17 +263,26 @@ def split_registered(name: str) -> tuple[str, str, str]:
     raise InputError(f"found {name!r}, want {REGISTERED}<name>@<alias> or {REGISTERED}<name>/<version>")
 
 
+def whole(text: str | None) -> int | None:
+    """The number that a tag or parameter says; None where it says none."""
+    return int(text) if text is not None and _WHOLE.fullmatch(text) else None
+
+
 def _student_run(run: Run, experiment: str) -> StudentRun:
     tags, metrics = run.data.tags, run.data.metrics
     seed = tags.get("handstill.seed")
+    if seed is not None and whole(seed) is None:
+        raise DamageError(
+            f"run {run.info.run_id}: its tag handstill.seed is {seed!r}, wanted a whole number; mend the tag"
+        )
     kind = tags.get("handstill.kind", "student")
     return StudentRun(
         run_id=run.info.run_id,
         kind=kind,
-        name=tags.get("handstill.student", kind),
-        seed=None if seed is None else int(seed),
-        strategy=tags.get("handstill.strategy", ""),
-        backbone=tags.get("handstill.backbone", ""),
+        name=_printable(tags.get("handstill.student", kind)),
+        seed=whole(seed),
+        strategy=_printable(tags.get("handstill.strategy", "")),
+        backbone=_printable(tags.get("handstill.backbone", "")),
         identity=tags.get("handstill.identity", ""),
         params=dict(run.data.params),
         metrics=_scores(metrics),
@@ -258,6 +299,12 @@ def _student_run(run: Run, experiment: str) -> StudentRun:
     )
 
 
+def _printable(text: str) -> str:
+    """A name as pages and figures can show it: control characters and what is beyond 80 characters replaced."""
+    shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    return shown if len(shown) <= _LONGEST_NAME else f"{shown[: _LONGEST_NAME - 1]}\u2026"
+
+
 def _snapshots(run: Run, context: str) -> dict[str, str]:
     inputs = run.inputs.dataset_inputs if run.inputs else []
     return {
@@ -271,7 +318,8 @@ def _scores(metrics: Mapping[str, float]) -> Scores:
     scores: Scores = {}
     for key, value in metrics.items():
         dataset, _, metric = key.partition("/")
-        if metric in METRICS and dataset not in _NOT_DATA_SETS:
+        # a data set's name becomes part of files' names, and a server may say anything
+        if metric in METRICS and dataset not in _NOT_DATA_SETS and _DATA_SET.fullmatch(dataset):
             scores.setdefault(dataset, {})[metric] = value
     return {name: {m: scores[name][m] for m in METRICS if m in scores[name]} for name in sorted(scores)}
 

@@ -98,6 +98,12 @@ def test_every_block_says_what_it_is() -> None:
     assert [f"{block.page}: {block.text[:60]}" for block in hidden if not block.text.startswith("handstill:")] == []
 
 
+def test_no_page_has_a_merge_left_open() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "models").rglob("*.md")]
+    assert len(pages) > 20
+    assert not [page for page in pages if re.search(r"^(<{7}|={7}|>{7})( |$)", page.read_text(), re.MULTILINE)]
+
+
 def test_the_list_of_verbs_is_that_of_the_command_line() -> None:
     (listed,) = blocks("text", "README.md", "verbs")
     assert set(re.findall(r"^handstill (\w+)", listed.text, flags=re.M)) == verbs()

@@ -41,6 +41,7 @@ from stages.pictures import decode, look_at
 from storage import zarr3
 from storage.codecs import codec_bytes, read_codec
 from storage.durable import parse_sealed_json, sealed_json, sha256_bytes
+from storage.encodings import decode_picture, encode_picture
 from storage.errors import DamageError, InputError, WorkError
 from storage.manifest import read_manifest, read_plan_columns, write_manifest
 from storage.reading import open_cache
@@ -51,6 +52,7 @@ from tests.tars import annotation, picture, sample, write_tar
 from tests.tiny_cache import tiny_codec, write_tiny_cache
 from tests.tiny_experiment import CONFIG
 from tests.tiny_networks import tiny_hand_model, tiny_student, write_tiny_teacher
+from trainer.cases import read_table, write_table
 from trainer.loop import _read_checkpoint as read_training_checkpoint
 from trainer.prior import read_mocap
 
@@ -380,12 +382,37 @@ def _events(folder: Path) -> Maker:
     return _one_file(folder / "events.jsonl", [seed], mutation.bytes_changed, read, OWN)
 
 
+# ---- the MLflow server ----------------------------------------------------------------------------------------------
+
+
+def _table(columns: Mapping[str, Any]) -> Callable[[Path], Maker]:
+    def prepare(folder: Path) -> Maker:
+        path = folder / "samples.parquet"
+        write_table(path, {"sample_id": np.array(["a", "b", "c"], object), **columns})
+        return _one_file(path, [path.read_bytes()], containers.parquet_changed, read_table, (DamageError,))
+
+    return prepare
+
+
+def _stored_picture(folder: Path) -> Maker:
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    seeds = [encode_picture(pixels, "jpeg", 40), encode_picture(np.zeros_like(pixels), "png", 0)]
+    read = lambda path: decode_picture(path.read_bytes())  # noqa: E731
+    return _one_file(folder / "0", seeds, containers.picture_changed, read, (DamageError,))
+
+
+_SAMPLES: dict[str, Any] = {"pa_mpjpe_mm": np.ones(3), "keypoints_2d": np.ones((3, 21, 2))}
+_CASES: dict[str, Any] = {"error": np.ones(3), "picture": [b"x", b"", b"y" * 99], "label_2d": np.ones((3, 21, 3))}
+
 PARSERS: dict[str, Callable[[Path], Maker]] = {
     "labels": _labels,
     "checkpoint": _checkpoint,
     "tar": _tar,
     "evaluation-npz": _evaluation_npz,
     "picture": _picture,
+    "samples": _table(_SAMPLES),
+    "cases": _table(_CASES),
+    "stored-picture": _stored_picture,
     "mano-pickle": _hand_model(".pkl", containers.pickle_changed),
     "cache": _cache,
     "manifest": _manifest,

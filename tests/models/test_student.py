@@ -113,6 +113,11 @@ def test_damaged_students_are_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "weights.safetensors")
     with pytest.raises(DamageError, match=r"mano_head\.decpose\.bias"):
         Student.load(tmp_path)
+    spec = (tmp_path / "student.json").read_text()
+    assert '"weights": null' in spec
+    (tmp_path / "student.json").write_text(spec.replace('"weights": null', '"weights": "/etc/passwd"'))
+    with pytest.raises(DamageError, match=r"spec\.weights names a file"):
+        Student.load(tmp_path)
     for name in ("weights.safetensors", "hand_model.safetensors", "student.json"):
         (tmp_path / name).write_bytes(b"{")
         with pytest.raises(DamageError, match="not readable"):

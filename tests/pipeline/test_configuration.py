@@ -127,6 +127,11 @@ def test_all_mistakes_are_told_at_once() -> None:
         ),
         ({"students": {}}, "students: names no student; want at least one"),
         (
+            {"cache.features.grid": 16**5000},  # as YAML's hexadecimals may be; Python prints 4,300 digits at most
+            "cache.features.grid: Input should be 'full', '8x8-paper' or '8x6-geometric'; "
+            "found a number of thousands of digits",
+        ),
+        (
             {"compare.gate": {"dataset": "val", "baseline": "hybird"}},
             "compare.gate.baseline: no student is named 'hybird'; did you mean 'hybrid'?",
         ),
