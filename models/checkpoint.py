@@ -161,8 +161,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return load_safetensors(path)
-        except SafetensorError as error:
-            raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+        except (SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+            # torch's own, of empty tensors whose other sides overflow: their text is a stack of frames
+            why = (str(error).splitlines() or [""])[0][:200]
+            raise InputError(f"{path}: not a readable safetensors file: {why}") from error
     archive = _Archive(path)
     found = archive.description()
     state = next((found[key] for key in ("state_dict", "model") if isinstance(found.get(key), dict)), found)

@@ -12,8 +12,6 @@ from typing import Literal
 
 import torch
 from pydantic import ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
@@ -129,9 +127,9 @@ class Student(nn.Module):
             raise InputError(f"{folder}: no student: {', '.join(absent)} missing. Wanted {wanted}.")
         try:
             stored = _StoredSpec.model_validate_json((folder / _SPEC_FILE).read_bytes())
-            weights = load_safetensors(folder / _WEIGHTS_FILE)
+            weights = read_checkpoint(folder / _WEIGHTS_FILE)
             hand_model = load_hand_model(folder / HAND_FILE)
-        except (ValidationError, SafetensorError, InputError) as error:
+        except (ValidationError, InputError) as error:
             raise DamageError(f"{folder}: not readable as a student: {error}. Train it again: handstill run") from error
         _check_weights(stored.spec, hand_model, weights, folder)
         student = cls(stored.spec, hand_model)

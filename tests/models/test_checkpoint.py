@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -96,6 +97,15 @@ def test_safetensors(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(InputError, match="not a readable safetensors"):
         read_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("shape", [[0, 1 << 63], [0, *[3] * 99]])
+def test_empty_tensors_of_endless_sides_are_refused_in_one_line(tmp_path: Path, shape: list[int]) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match="not a readable safetensors") as told:
+        read_checkpoint(tmp_path / "a.safetensors")
+    assert len(str(told.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", hostile_pickles.NAMES)
