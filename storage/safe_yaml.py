@@ -16,6 +16,7 @@ from storage.errors import InputError
 _LARGEST_FILE = 1 << 22
 """Bytes. HaMeR's model_config.yaml has three thousand."""
 _MOST_VALUES = 1 << 20
+_LONGEST_NUMBER = 100
 _MALFORMED = (
     yaml.YAMLError,
     RecursionError,
@@ -29,13 +30,24 @@ _MALFORMED = (
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses documents which stand for more than a million values, or for endless ones."""
+    """A SafeLoader that refuses documents which stand for more than a million values, or for endless ones, and
+    numbers of more than a hundred digits, over which what comes later (messages, pydantic) stumbles."""
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
         if node is not None:
             _count(node, {})
         return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _LONGEST_NUMBER:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(node.value):,} digits", node.start_mark
+            )
+        return int(super().construct_yaml_int(node))
+
+
+BoundedLoader.add_constructor("tag:yaml.org,2002:int", BoundedLoader.construct_yaml_int)
 
 
 def read_yaml(path: Path, loader: type[BoundedLoader] = BoundedLoader) -> Any:

@@ -230,6 +230,7 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path: Path) -> None:
         ("a: [1, 2", "not valid YAML"),
         ("a: !!python/object/apply:os.system [id]", "not valid YAML"),
         ("[" * 5000, "not valid YAML"),
+        ("seed: 0x" + "f" * 5000, r"not valid YAML: a number of 5,002 digits"),
     ],
 )
 def test_what_is_no_configuration(tmp_path: Path, text: str, said: str) -> None:
