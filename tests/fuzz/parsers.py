@@ -10,7 +10,7 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -73,6 +73,24 @@ class Case:
 Maker = Callable[[Random], Case]
 
 
+@dataclass(frozen=True)
+class OneFile:
+    """A maker whose cases differ in one file; the coverage-guided run (tests/fuzz/guided.py) takes it apart."""
+
+    path: Path
+    seeds: Sequence[bytes]
+    mutator: Mutator
+    read: Callable[[Path], object]
+    allowed: tuple[type[Exception], ...]
+
+    def __call__(self, rng: Random) -> Case:
+        return self.of(self.mutator(rng.choice(self.seeds), rng))
+
+    def of(self, data: bytes) -> Case:
+        """The case of these bytes."""
+        return Case({self.path: data}, lambda: self.read(self.path), self.allowed)
+
+
 def _one_file(
     path: Path,
     seeds: list[bytes],
@@ -80,10 +98,7 @@ def _one_file(
     read: Callable[[Path], object],
     allowed: tuple[type[Exception], ...] = USER,
 ) -> Maker:
-    def case(rng: Random) -> Case:
-        return Case({path: mutator(rng.choice(seeds), rng)}, lambda: read(path), allowed)
-
-    return case
+    return OneFile(path, seeds, mutator, read, allowed)
 
 
 # ---- data sets ------------------------------------------------------------------------------------------------------

@@ -95,14 +95,15 @@ def _child(
         limit_memory()
         memory, until = peak_bytes(), time.monotonic() + seconds
         while time.monotonic() < until and (executions is None or counters.values()[0] < executions):
-            _try(make(rng), findings / name, counters, memory)
+            try_one(make(rng), findings / name, counters, memory)
     except BaseException:
         traceback.print_exc()
         os._exit(3)
     os._exit(0)
 
 
-def _try(case: Case, findings: Path, counters: Counters, memory: int) -> None:
+def try_one(case: Case, findings: Path, counters: Counters, memory: int) -> None:
+    """Read one case under guard; count it, and keep it where it is a finding. memory: the peak before, in bytes."""
     for path, content in case.files.items():
         path.write_bytes(content)
     started, accepted, refused = time.monotonic(), False, False

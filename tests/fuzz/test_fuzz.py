@@ -40,6 +40,17 @@ def test_every_parser_ends_in_its_documented_error(tmp_path: Path) -> None:
     assert sum(result["refused"] for result in results.values()) > 150, "most of what was changed is noticed"
 
 
+def test_the_guided_run_reads_and_counts(tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="the extra `fuzz` is not installed")
+    command = [sys.executable, "-m", "tests.fuzz.guided", "boxes", "--minutes", "0.05", "--findings", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout)
+    assert result["executions"] == result["accepted"] + result["refused"] > 20
+    assert result["covered"] > 5
+    assert result["findings"] == []
+
+
 def test_the_guard_sees_what_a_parser_does_and_hides(tmp_path: Path) -> None:
     def hides() -> None:
         try:
