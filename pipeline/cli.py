@@ -356,11 +356,8 @@ def _submit(arguments: argparse.Namespace) -> int:
     if arguments.no_wait:
         _answer(arguments, {"ok": True, "job": job}, lambda: job)
         return 0
-    try:
-        document = follow(config, job)
-    except KeyboardInterrupt:
-        _say(f"handstill: the job goes on. Follow it: submit --follow {job}; end it: submit --stop {job}", sys.stderr)
-        return 128 + signal.SIGINT
+    arguments.afterwards = f"the job goes on. Follow it: submit --follow {job}; end it: submit --stop {job}"
+    document = follow(config, job)
     ending = f"{job}: {document['status'].lower()}, exit code {document['exit_code']}"
     _answer(arguments, document, lambda: ending)
     return int(document["exit_code"])

@@ -7,7 +7,6 @@ promotes; or it compares whatever runs of whatever experiments and servers it is
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,18 +134,20 @@ def compare_elsewhere(config_path: Path, request: CompareRequest) -> tuple[dict[
 def _target_elsewhere(config_path: Path, request: CompareRequest) -> tuple[TrackingTarget, CompareConfig]:
     from pipeline.experiment import open_experiment
     from pipeline.tracking import TrackingTarget, tracking_target
+    from pipeline.tracking_uri import checked, named_in_environment
 
+    elsewhere = checked(request.tracking_uri, "--tracking-uri")
     if config_path.is_file():
         experiment = open_experiment(config_path)
         target = tracking_target(experiment.config.tracking, experiment.workdir)
         config = experiment.config.compare
     else:
-        uri = request.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        uri = elsewhere or named_in_environment()
         if not uri or not request.experiments:
             load_config(config_path)  # says that there is no such file
         target, config = TrackingTarget(str(uri), request.experiments[0]), CompareConfig()
-    if request.tracking_uri:
-        target = TrackingTarget(request.tracking_uri, target.experiment, None, target.patience_s)
+    if elsewhere:
+        target = TrackingTarget(elsewhere, target.experiment, None, target.patience_s)
     return target, config.model_copy(update={"promote": None})
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from pipeline.tracking_uri import without_password
 from stages.config import AuditConfig, DatasetConfig, SynthesiseConfig, TeacherConfig
 from storage.config import CacheConfig, Section
 from trainer.config import (
@@ -32,8 +33,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 class TrackingConfig(Section):
     """Where MLflow keeps the runs."""
 
-    uri: str | None = None
-    """null: a SQLite file in the workdir; the environment's MLFLOW_TRACKING_URI wins over both."""
+    uri: Annotated[str, AfterValidator(without_password)] | None = None
+    """null: a SQLite file in the workdir; the environment's MLFLOW_TRACKING_URI wins over both. No password in it."""
     experiment: str = Field(default="handstill", min_length=1)
     register_models: bool = True
     """Whether every trained student becomes a model of its run and a version of `<experiment>-<student>` in the model
@@ -88,8 +89,8 @@ class NotifyConfig(Section):
     """A program and its arguments, run without a shell; it gets the run's summary as JSON on stdin."""
     url: Annotated[SecretStr, AfterValidator(_is_web_address)] | None = None
     """A webhook that gets the summary as a POST. Never shown or logged; the environment's HANDSTILL_NOTIFY_URL wins."""
-    on: list[Literal["failure", "success"]] = Field(default=["failure"])
-    """Which endings are worth telling."""
+    on: list[Literal["failure", "success", "busy"]] = Field(default=["failure"])
+    """Which endings are worth telling; busy: another run had the workdir, so that this one did nothing."""
     timeout_s: float = Field(default=10.0, gt=0)
     """How long each of them may take."""
 

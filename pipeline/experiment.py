@@ -14,6 +14,7 @@ from pipeline.digests import DigestMemory
 from pipeline.inputs import with_copies
 from pipeline.job_code import JOB_BASE
 from pipeline.loading import load_config
+from pipeline.tracking_uri import named_in_environment
 from pipeline.workdir import Workdir, open_workdir
 from stages.config import DatasetConfig, HamerNpzDataset
 from storage.errors import InputError
@@ -136,7 +137,7 @@ def open_experiment(config_path: Path, *, limit: int | None = None, rehash: bool
 
 def _check_on_store(config: PipelineConfig) -> None:
     """What a workdir on an object store asks of the rest of a configuration."""
-    if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
+    if not (config.tracking.uri or named_in_environment()):
         raise InputError(
             "tracking.uri: not set, and the workdir is on an object store, where no MLflow database can lie. "
             "Name an MLflow server here or in MLFLOW_TRACKING_URI."

@@ -17,6 +17,10 @@ JOB_CODE = "HANDSTILL_JOB_CODE"
 """Environment of a job and of its workers: `code_digest` of the code that was submitted."""
 JOB_BASE = "HANDSTILL_JOB_BASE"
 """Environment of a job: where relative paths of its configuration start."""
+JOB_NAME = "HANDSTILL_JOB"
+"""Environment of a job: what `submit --stop` and `--follow` want."""
+JOB_FILE = "HANDSTILL_JOB_FILE"
+"""Environment of a job: the configuration that was submitted, for people; in the job it has another path."""
 
 
 @cache

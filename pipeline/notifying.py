@@ -29,7 +29,8 @@ URL_VARIABLE = "HANDSTILL_NOTIFY_URL"
 
 def notify(config: NotifyConfig, document: Mapping[str, Any]) -> None:
     """Tell whoever wants to know of such an outcome; never raises for what they do."""
-    if document["outcome"] not in config.on:
+    ending = "busy" if (document.get("failure") or {}).get("kind") == "busy" else document["outcome"]
+    if ending not in config.on:
         return
     data = json.dumps(document).encode()
     if config.command:

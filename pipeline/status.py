@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,11 @@ from pipeline.manifests import ManifestIndex
 from pipeline.plan import StagePlan
 from pipeline.retention import undelivered
 from pipeline.run import plan_all
+from pipeline.store_lease import TTL_S, read_lease
 from pipeline.teaching import ROLES
 from pipeline.workdir import Workdir
 from storage.errors import DamageError, InputError
+from storage.mirror import LEASE, Mirror
 from storage.snapshots import read_info, snapshot_path
 
 SILENT_FOR_S = 300.0
@@ -90,11 +93,12 @@ def status(experiment: Experiment) -> dict[str, Any]:
     }
     workdir = experiment.workdir
     running = _running(workdir, told)
+    known = running is not None and told.run in (None, running["run"])  # else the log has not come here yet
     return {
         "stages": stages,
-        "current_stage": told.stage if running is not None else None,
+        "current_stage": told.stage if known else None,
         "running": running,
-        "progress": _progress(told.progress) if running is not None and told.progress else None,
+        "progress": _progress(told.progress) if known and told.progress else None,
         "left_out_at_ingest": reasons_to_leave_out(tables),
         "undelivered_records": sum(map(undelivered, (workdir.tracking_runs, workdir.students, workdir.evaluations))),
     }
@@ -112,18 +116,37 @@ def _progress(event: dict[str, Any]) -> dict[str, Any]:
 
 def _running(workdir: Workdir, told: _Told) -> dict[str, Any] | None:
     """Who is at work in the workdir, as far as that can be seen without asking for its lease; None: nobody."""
+    if workdir.store is not None:
+        return _running_on(workdir.store, told)
     if told.ended:
         return None
     try:
         holder = json.loads(workdir.lease.read_bytes())
     except (OSError, ValueError):
         holder = {}  # a log without a lease: of a copied workdir
-    said = {key: holder.get(key) for key in ("pid", "host", "since", "run")} | {"nodes": told.workers}
+    said = _said(holder) | {"nodes": told.workers}
     if told.run is not None and holder.get("run") != told.run:
         return None  # the run that began last is not the one that has the workdir
     if holder.get("host") == socket.gethostname():
         return said if _alive(int(holder["pid"])) else None
     return said if time.time() - told.last_s < SILENT_FOR_S else None
+
+
+def _running_on(store: Mirror, told: _Told) -> dict[str, Any] | None:
+    """The same of a workdir on a store: by its lease, which a living run has changed within the last beats. The log is
+    younger than the store's copy of it by up to `PUSH_EVERY_S`, so that it may still be of the run before."""
+    holder, etag = read_lease(store.bucket)
+    if etag is None or not holder or holder.get("released") or store.bucket.age_s(LEASE) > TTL_S:
+        return None
+    if holder.get("host") == socket.gethostname() and not _alive(int(holder["pid"])):
+        return None
+    nodes = told.workers if told.run == holder.get("run") else {}
+    return _said(holder) | {"nodes": nodes}
+
+
+def _said(holder: Mapping[str, Any]) -> dict[str, Any]:
+    """Who holds a workdir; `job`: the one that `submit --stop` ends, None where it is no job."""
+    return {key: holder.get(key) for key in ("pid", "host", "since", "run", "job")}
 
 
 def _alive(pid: int) -> bool:

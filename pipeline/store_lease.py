@@ -237,7 +237,8 @@ def holder_sentence(said: str) -> str:
     try:
         holder = json.loads(said)
         since = datetime.fromisoformat(holder["since"]).astimezone(UTC)
-        return f"process {holder['pid']} on {holder['host']}, since {since:%Y-%m-%d %H:%M:%S} UTC"
+        job = f" (job {holder['job']})" if "job" in holder else ""
+        return f"process {holder['pid']} on {holder['host']}{job}, since {since:%Y-%m-%d %H:%M:%S} UTC"
     except (ValueError, KeyError, TypeError):
         return "it has not said who it is"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import PipelineConfig
-from pipeline.job_code import JOB_BASE, JOB_CODE, PACKAGES, ROOT, code_digest
+from pipeline.job_code import JOB_BASE, JOB_CODE, JOB_FILE, JOB_NAME, PACKAGES, ROOT, code_digest
+from pipeline.logs import in_json, write_line
 from pipeline.provenance import JOB_PROVENANCE, provenance_tags
+from pipeline.tracking_uri import URI_VARIABLE, named_in_environment
 from storage.errors import InputError, WorkError
 
 if TYPE_CHECKING:
@@ -38,6 +41,10 @@ LOOK_EVERY_S = 2.0
 AGENT_PATIENCE_S = 120.0
 """How long a head may take until its agent can start jobs; on an idle machine it is seconds after the dashboard."""
 STOPPED_EXIT_CODE = 143
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+"""How long Ray's job supervisor waits between SIGTERM and SIGKILL."""
+STOP_MARGIN_S = 15
+"""Beyond `cluster.stop_within_s`: what is left is put down, the summary written, Ray left."""
 
 
 def submit(config: PipelineConfig, config_path: Path, command: Sequence[str]) -> str:
@@ -47,12 +54,13 @@ def submit(config: PipelineConfig, config_path: Path, command: Sequence[str]) ->
         WorkError: the job server cannot be used.
     """
     client = job_client(config)
+    name = f"handstill-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     with _packed(config_path) as folder:
         job = _handed_over(
             client,
             entrypoint=" ".join([config.cluster.job_python, "-m", "pipeline.cli", *command, "-c", PACKED_CONFIG]),
-            submission_id=f"handstill-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            runtime_env={"working_dir": str(folder), "env_vars": _environment(config_path)},
+            submission_id=name,
+            runtime_env={"working_dir": str(folder), "env_vars": _environment(config, config_path, name)},
             metadata={"handstill": config.name, "command": " ".join(command)},
         )
     log.info("submitted job %s to %s; relative paths start at %s there", job, address_of(config), _base(config_path))
@@ -84,7 +92,11 @@ def follow(config: PipelineConfig, job: str, write: Callable[[str], object] | No
     """
     client = job_client(config)
     details = _details(client, job)
-    asyncio.run(_pass_on(client, job, write or _to_stderr))
+    to_stderr = _ToStderr()
+    try:
+        asyncio.run(_pass_on(client, job, write or to_stderr))
+    finally:
+        to_stderr.end()
     details = _details(client, job)
     code = _exit_code(details)
     return {
@@ -117,6 +129,7 @@ def job_client(config: PipelineConfig) -> JobSubmissionClient:
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules").setLevel(logging.ERROR)  # says that a connection it closed is closed
     address = address_of(config)
     try:
         return JobSubmissionClient(address)
@@ -173,15 +186,46 @@ async def _pass_on(client: JobSubmissionClient, job: str, write: Callable[[str],
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-def _to_stderr(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
+class _ToStderr:
+    """A job's log as it comes; where JSON lines are wanted, whatever else Ray says between them as JSON too."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def __call__(self, text: str) -> None:
+        if not in_json():
+            sys.stderr.write(text)
+            sys.stderr.flush()
+            return
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in filter(None, lines):
+            self._line(line)
+
+    def end(self) -> None:
+        """The last line, if nothing ended it."""
+        if self._rest:
+            self._line(self._rest)
+        self._rest = ""
+
+    def _line(self, line: str) -> None:
+        try:
+            ours = isinstance(json.loads(line), dict)
+        except ValueError:
+            ours = False
+        if ours:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+        else:
+            write_line(line, logger="ray.job")
 
 
-def _environment(config_path: Path) -> dict[str, str]:
+def _environment(config: PipelineConfig, config_path: Path, name: str) -> dict[str, str]:
     found = {JOB_BASE: str(_base(config_path)), JOB_CODE: code_digest(), JOB_PROVENANCE: json.dumps(provenance_tags())}
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        found["MLFLOW_TRACKING_URI"] = uri
+    found |= {JOB_NAME: name, JOB_FILE: str(config_path.absolute())}
+    # Ray's own three seconds would kill a driver that finishes its shards and writes its summary.
+    found[STOP_WAIT] = str(math.ceil(config.cluster.stop_within_s) + STOP_MARGIN_S)
+    if uri := named_in_environment():
+        found[URI_VARIABLE] = uri
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 from pipeline.caches import cache_state
 from pipeline.events import EventTail, append_event, told
 from pipeline.experiment import Experiment
+from pipeline.job_code import JOB_FILE
 from pipeline.manifests import ManifestIndex, manifests_of
 from pipeline.plan import StagePlan, StageResult
 from pipeline.tables import human_bytes
@@ -100,7 +102,7 @@ class RunSummary:
         self.document = {
             "name": experiment.config.name,
             "run": run,
-            "config": str(experiment.file),
+            "config": os.environ.get(JOB_FILE, str(experiment.file)),
             "workdir": experiment.workdir.place,
             "outcome": "success" if error is None else "failure",
             "failure": None if error is None else {"kind": kind_of(error), "error": told_of(error)},

@@ -121,7 +121,8 @@ def _running_lines(document: Mapping[str, Any]) -> Iterator[str]:
         yield "nothing is running"
         return
     if running["pid"] is not None:
-        yield f"at work: process {running['pid']} on {running['host']}, since {running['since']}"
+        job = f" (job {running['job']})" if running["job"] else ""
+        yield f"at work: process {running['pid']} on {running['host']}{job}, since {running['since']}"
     if progress is not None:
         rate, left = progress["per_second"], progress["eta_s"]
         speed = "" if rate is None else f", {rate:g} {progress['unit_name']}/s"

@@ -23,6 +23,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.config import TrackingConfig
 from pipeline.registering import ModelRequest, register_student
 from pipeline.spool import Record
+from pipeline.tracking_uri import named_in_environment
 from pipeline.workdir import Workdir
 from storage.durable import partial_path, remove_tree, sync_directory
 from storage.errors import WorkError
@@ -87,9 +88,12 @@ class TrackingTarget:
 
 
 def tracking_target(config: TrackingConfig, workdir: Workdir) -> TrackingTarget:
-    """MLFLOW_TRACKING_URI, else the configured server, else a SQLite file in the workdir."""
+    """MLFLOW_TRACKING_URI, else the configured server, else a SQLite file in the workdir.
+
+    Raises InputError where the variable holds a password.
+    """
     limit_requests()  # also for those that read from there
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri
+    uri = named_in_environment() or config.uri
     if uri:
         return TrackingTarget(uri, config.experiment, None, config.patience_s)
     database = f"sqlite:///{workdir.tracking_database}"

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-from pipeline.job_code import check_job_code
+from pipeline.job_code import JOB_NAME, check_job_code
 from pipeline.store_lease import holder_sentence, pushing, read_lease, store_lease, was_ours
 from storage.bucket import Bucket
 from storage.disk_cache import default_folder
@@ -217,12 +217,15 @@ def sweep_leftovers(workdir: Workdir) -> None:
 
 
 def _holder() -> dict[str, str | int]:
-    return {
+    said: dict[str, str | int] = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": secrets.token_hex(8),
     }
+    if job := os.environ.get(JOB_NAME):
+        said["job"] = job
+    return said
 
 
 def run_of(workdir: Workdir) -> str | None:

@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -29,6 +29,7 @@ log = logging.getLogger("handstill")
 
 POLL_S = 0.5
 NODE_DIGITS = 12
+LOOPBACK = "127.0.0.1"
 OUR_ERRORS = (InputError, DamageError, WorkError)
 
 
@@ -93,14 +94,18 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     local = cluster.address == "local"
     # On one core a teacher actor and the decoding beside it would wait for each other for ever.
     where: dict[str, Any] = (
-        {"address": "local", "num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": False}
+        {
+            **{"address": "local", "num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": False},
+            "_node_ip_address": LOOPBACK,
+        }
         if local
         else {"address": cluster.address}
     )
     # Ray sets a handler of its own, which leaves without a word.
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**where, configure_logging=True, logging_level=logging.WARNING, log_to_driver=False)
+        with _on_loopback() if local else nullcontext():
+            ray.init(**where, configure_logging=True, logging_level=logging.WARNING, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise WorkError(f"cluster.address: cannot reach Ray at {cluster.address!r}: {error}") from None
     if threading.current_thread() is threading.main_thread():
@@ -109,6 +114,28 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Whatever Ray starts meanwhile listens on loopback alone.
+
+    Asked for 127.0.0.1 it takes this machine's outer address, so that others can join, unless it runs where it has no
+    clusters of several machines. Its processes read that from the environment, it itself when it is imported.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    said = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if said is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = said
 
 
 def run_units(

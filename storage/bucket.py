@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -116,6 +117,16 @@ class Bucket:
         return self._tried(
             "look at", name, lambda: str(self._client.head_object(Bucket=self._bucket, Key=self._key(name))["ETag"])
         )
+
+    def age_s(self, name: str) -> float:
+        """How long ago an object was written, by the store's own clock. Errors as of `read`."""
+
+        def look() -> float:
+            answer = self._client.head_object(Bucket=self._bucket, Key=self._key(name))
+            now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+            return float((now - answer["LastModified"]).total_seconds())
+
+        return self._tried("look at", name, look)
 
     def write(self, name: str, content: bytes | BinaryIO) -> str:
         """Put bytes, or what an open file holds, in an object's place; its ETag. Raises InputError or WorkError."""

@@ -13,8 +13,8 @@ import yaml
 
 from storage.errors import InputError
 
-_LARGEST_FILE = 1 << 22
-"""Bytes. HaMeR's model_config.yaml has three thousand."""
+_LARGEST_FILE = 1 << 19
+"""Bytes. HaMeR's model_config.yaml has three thousand; PyYAML takes up to a thousand times a file's size."""
 _MOST_VALUES = 1 << 20
 _LONGEST_NUMBER = 100
 _MALFORMED = (

@@ -125,6 +125,12 @@ def test_all_mistakes_are_told_at_once() -> None:
             {"synthesise": {"sets": {"alfa": {"hands": 1}}}},
             "synthesise.sets: no data set is named 'alfa'; did you mean 'alpha'?",
         ),
+        (
+            {"tracking": {"uri": "https://me:hush@mlflow.example"}},
+            "tracking.uri: the address holds a password, which logs, records and job servers would show; take it out. "
+            "A server's goes into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or ~/.mlflow/credentials, a "
+            "database's into its client's own file (~/.pgpass)",
+        ),
         ({"students": {}}, "students: names no student; want at least one"),
         (
             {"cache.features.grid": 16**5000},  # as YAML's hexadecimals may be; Python prints 4,300 digits at most

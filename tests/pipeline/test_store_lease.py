@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from pipeline import status as status_module
 from pipeline import store_lease as module
+from pipeline.status import _running, _Told
 from pipeline.store_lease import read_lease, store_lease, was_ours
 from pipeline.workdir import Claim, Workdir, claim_of, lease
 from storage import objects
@@ -190,3 +192,21 @@ def test_a_store_without_conditions_is_refused(
         store_lease(Mirror(tmp_path, URL), holder("ours")),
     ):
         pass
+
+
+def test_status_sees_a_run_on_another_machine_by_its_lease(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_module, "TTL_S", 2.0)
+    told = _Told()  # no log has come here yet
+    said = holder("theirs") | {"host": "elsewhere", "job": "handstill-tiny-1"}
+    assert _running(workdir(tmp_path), told) is None
+    with beating(said):
+        time.sleep(0.3)
+        running = _running(workdir(tmp_path), told)
+    assert running == {key: said[key] for key in ("pid", "host", "since", "run", "job")} | {"nodes": {}}
+    say(said | {"released": True})
+    assert _running(workdir(tmp_path), told) is None
+    say(said)
+    time.sleep(3.5)  # longer than a lease lives here; the server says times in whole seconds
+    assert _running(workdir(tmp_path), told) is None

@@ -42,6 +42,13 @@ class Head:
         line = [sys.executable, "-m", "pipeline.cli", "submit", *arguments, "-c", str(config)]
         return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
+    def follow(self, config: Path, job: str) -> subprocess.Popen[str]:
+        """Somebody who follows a job and wants JSON lines."""
+        line = [sys.executable, "-m", "pipeline.cli", "submit", "--follow", job, "--log-format", "json"]
+        return subprocess.Popen(
+            [*line, "-c", str(config)], cwd=ROOT, env=self.environment, stderr=subprocess.PIPE, text=True
+        )
+
 
 def free_port() -> int:
     with socket.socket() as one:
@@ -124,22 +131,38 @@ def test_a_mistake_found_on_the_cluster_gives_the_runs_own_exit_code(head: Head,
 
 
 def test_a_job_is_left_alone_followed_and_stopped(head: Head, config: Path) -> None:
-    configure(config, {"workdir": "slow", "train.steps": 100000})
+    told = config.parent / "told.json"
+    slow = "import pathlib, sys, time; t = sys.stdin.read(); time.sleep(6); pathlib.Path(sys.argv[1]).write_text(t)"
+    notify = {"command": [sys.executable, "-c", slow, str(told)], "timeout_s": 30}
+    configure(config, {"workdir": "slow", "train.steps": 100000, "notify": notify})
     try:
-        answer = head.submit(config, "train", "--no-wait", "--json")
+        answer = head.submit(config, "train", "--no-wait", "--json", "--log-format", "json")
     finally:
-        configure(config, {"workdir": "work", "train.steps": 4})
+        configure(config, {"workdir": "work", "train.steps": 4, "notify!": None})
     job = json.loads(answer.stdout)["job"]
     deadline = time.monotonic() + PATIENCE_S
     log = config.parent / "slow" / "logs" / "events.jsonl"
     while not log.exists() or "train_step" not in log.read_text():
         assert time.monotonic() < deadline, "no training step in time"
         time.sleep(0.2)
+    assert json.loads((config.parent / "slow" / "lease.json").read_text())["job"] == job
+    with head.follow(config, job) as follower:
+        assert follower.stderr is not None
+        for line in follower.stderr:
+            assert json.loads(line)["message"], "JSON lines and nothing else"
+            if "train" in line:
+                break
+        follower.send_signal(signal.SIGTERM)
+        assert follower.wait(60) == 143, "as SIGTERM ends every verb; the job goes on"
+        assert f"submit --follow {job}" in follower.stderr.read()
+
     stopped = head.submit(config, "--stop", job)
     assert (stopped.returncode, stopped.stdout) == (0, f"{job}: stopping\n")
     followed = head.submit(config, "--follow", job, "--json")
     assert followed.returncode == json.loads(followed.stdout)["exit_code"] == 143
     assert "stopped by SIGTERM; what is finished is kept" in followed.stderr
+    summary = json.loads(told.read_text())  # Ray's own patience is three seconds, then it kills
+    assert (summary["failure"]["kind"], summary["config"]) == ("stopped", str(config))
     assert head.submit(config, "--stop", job).stdout == f"{job}: had ended already\n"
 
 

@@ -142,6 +142,21 @@ def test_only_the_wanted_endings_are_told(lab: Lab, told: Path) -> None:
     assert not told.exists(), "failures only, unless asked for more"
 
 
+def test_a_password_in_the_variable_is_refused_and_not_told(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hush@db.example/mlflow")
+    answer = handstill("run", "-c", lab.config)
+    assert (answer.code, "MLFLOW_TRACKING_URI: the address holds a password" in answer.err) == (2, True)
+    assert "hush" not in answer.out + answer.err
+
+
+def test_a_run_that_found_another_at_work_is_no_failure(tmp_path: Path) -> None:
+    busy = {"outcome": "failure", "failure": {"kind": "busy", "error": "another run holds it"}, "text": "busy"}
+    kept = tmp_path / "told.json"
+    for on, is_told in ((["failure", "success"], False), (["busy"], True)):
+        notify(NotifyConfig(command=[sys.executable, "-c", KEEPS, str(kept)], on=on), busy)
+        assert kept.exists() is is_told
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

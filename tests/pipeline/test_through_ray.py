@@ -36,6 +36,26 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.C
     return config, command(config, "run", "teach", "--json")
 
 
+LISTENERS = """
+import json, psutil, ray
+from pipeline.config import ClusterConfig
+from pipeline.workers import ray_session
+with ray_session(ClusterConfig()):
+    ray.get(ray.remote(lambda: 1).remote())
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    sockets = [s for p in family for s in p.net_connections() if s.status == psutil.CONN_LISTEN]
+    print(json.dumps([s.laddr.ip.removeprefix("::ffff:") for s in sockets]))
+"""
+
+
+def test_a_ray_of_our_own_listens_on_loopback_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", LISTENERS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) > 5
+    assert set(found) == {"127.0.0.1"}
+
+
 def test_only_the_document_is_on_stdout(taught: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     _, done = taught
     assert done.returncode == 0, done.stderr
