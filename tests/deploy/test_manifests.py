@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,51 @@ def test_the_ray_resources_use_known_keys_and_valid_pods() -> None:
     assert pods == 5
 
 
+def test_every_pod_may_write_to_its_volumes_as_the_images_user() -> None:
+    uid = re.search(r"--uid (\d+) ray$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert uid is not None
+    pods = [group["template"]["spec"] for c in ray_clusters() for group in (c["headGroupSpec"], *c["workerGroupSpecs"])]
+    for pod in pods:
+        (container,) = pod["containers"]
+        (cache,) = (variable["value"] for variable in container["env"] if variable["name"] == "XDG_CACHE_HOME")
+        assert {"name": "cache", "mountPath": cache} in container["volumeMounts"]
+        assert any(volume["name"] == "cache" and "emptyDir" in volume for volume in pod["volumes"])
+    pods.append(document("kuberay/cronjob.yaml")["spec"]["jobTemplate"]["spec"]["template"]["spec"])
+    assert len(pods) == 6
+    for pod in pods:
+        assert pod["securityContext"] == {"fsGroup": int(uid[1]), "fsGroupChangePolicy": "OnRootMismatch"}
+
+
+def test_gpu_workers_go_to_spot_nodes_alike_and_a_failed_job_makes_no_second_cluster() -> None:
+    spots = [group for c in ray_clusters() for group in c["workerGroupSpecs"] if group["groupName"] == "spot-gpu"]
+    one, other = (group["template"]["spec"] for group in spots)
+    assert one["nodeSelector"] == other["nodeSelector"] == {"handstill.example/capacity": "spot"}
+    assert one["tolerations"] == other["tolerations"]
+    assert document("kuberay/rayjob.yaml")["spec"]["backoffLimit"] == 0
+
+
+def test_the_dockerfile_makes_both_images_with_what_ray_up_needs() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    stages = dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL))
+    assert list(stages) == ["nodes", "handstill"]
+    assert "\nFROM nodes AS handstill\n" in text
+    apt = re.search(r"apt-get install (.*) \\", stages["nodes"])
+    assert apt is not None
+    assert {"rsync", "openssh-client"} <= set(apt[1].split())
+    for stage in stages.values():
+        assert re.findall(r"^USER (\w+)", stage, re.MULTILINE)[-1] == "ray"
+    with (DEPLOY.parent / "pyproject.toml").open("rb") as file:
+        packages = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    assert re.findall(r"^COPY (\w+) /tmp/handstill/\1$", stages["handstill"], re.MULTILINE) == sorted(packages)
+    assert not re.search(r"^COPY (?!pyproject.toml constraints.txt )", stages["nodes"], re.MULTILINE), "no code of ours"
+    built = re.findall(r"^#   docker build -f deploy/Dockerfile --target (\w+) -t (\S+) \.$", text, re.MULTILINE)
+    assert [target for target, _ in built] == list(stages)
+    used = {
+        image for path in DEPLOY.rglob("*.yaml") for image in re.findall(r"image: (\S+)", path.read_text())
+    }  # fmt: skip
+    assert used == {image for _, image in built}
+
+
 def test_the_cluster_file_is_what_ray_up_takes() -> None:
     cluster = document("ray-cluster.yaml")
     validate_config(prepare_config(cluster))
@@ -74,6 +121,9 @@ def test_the_cluster_file_is_what_ray_up_takes() -> None:
     spot = cluster["available_node_types"]["spot-gpu"]
     assert spot["min_workers"] == 0
     assert spot["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    text = (DEPLOY / "ray-cluster.yaml").read_text()
+    assert "--dashboard-host=127.0.0.1" in text
+    assert "security group or firewall must close" in text, "the other ports listen on the nodes' interfaces"
 
 
 def test_versions_are_those_of_the_constraints() -> None:
@@ -110,6 +160,41 @@ def test_the_units_are_what_systemd_takes(tmp_path: Path) -> None:
     (tmp_path / "handstill.timer").write_text("[Timer]\nOnCalender=daily\n")
     checked = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
     assert "OnCalender" in checked.stderr
+
+
+def test_three_failures_leave_the_next_night_its_run_and_a_stop_is_no_failure() -> None:
+    service, timer = configparser.ConfigParser(), configparser.ConfigParser()
+    service.read(DEPLOY / "systemd" / "handstill.service")
+    timer.read(DEPLOY / "systemd" / "handstill.timer")
+
+    def minutes(text: str) -> int:
+        found = re.fullmatch(r"(\d+)(h|min)", text)
+        assert found is not None
+        return int(found[1]) * {"h": 60, "min": 1}[found[2]]
+
+    unit, run = service["Unit"], service["Service"]
+    last = int(unit["StartLimitBurst"]) * minutes(run["RestartSec"]) + minutes(timer["Timer"]["RandomizedDelaySec"])
+    assert last + minutes(unit["StartLimitIntervalSec"]) < 24 * 60
+    assert (run["Restart"], run["SuccessExitStatus"], run["RestartPreventExitStatus"]) == ("on-failure", "143", "2")
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_the_cron_line_mails_only_failures_and_logs_to_a_folder_of_its_user(tmp_path: Path, code: int) -> None:
+    text = (DEPLOY / "handstill.cron").read_text()
+    (line,) = [line for line in text.splitlines() if re.match(r"[\d*]", line)]
+    command = line.split(maxsplit=6)[6]
+    assert set(re.findall(r"/var/log/\S+?(?=[\s;])", command)) == {"/var/log/handstill/run.log"}
+    assert "install -d -o handstill -g handstill -m 755 /var/log/handstill\n" in text
+    assert "logrotate" in text
+    program = tmp_path / ".venv" / "bin" / "handstill"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\necho what it says\nexit {code}\n")
+    program.chmod(0o755)
+    (tmp_path / "log").mkdir()
+    command = command.replace("/srv/handstill", str(tmp_path)).replace("/var/log/handstill", str(tmp_path / "log"))
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert ran.stdout == (f"handstill run: exit code {code}\nwhat it says\n" if code else "")
+    assert (ran.stderr, (tmp_path / "log" / "run.log").read_text()) == ("", "what it says\n")
 
 
 def test_the_cron_line_has_six_fields_a_user_and_a_command() -> None:
