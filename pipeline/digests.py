@@ -11,6 +11,7 @@ from typing import Any
 
 from storage.durable import sha256_bytes, sha256_file, write_bytes_atomic
 from storage.errors import InputError
+from storage.inputs import is_copy
 
 Stamp = tuple[int, int, int]
 
@@ -21,9 +22,10 @@ def digest_of(value: Any) -> str:
 
 
 def stamp(path: Path) -> Stamp:
-    """(size in bytes, mtime in ns, inode) of a file."""
+    """(size in bytes, mtime in ns, inode) of a file; of an object's copy, which is another file on each machine, no
+    inode: its time says which version it is."""
     status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, 0 if is_copy(path) else status.st_ino
 
 
 class DigestMemory:

@@ -92,8 +92,11 @@ class Bucket:
 
         return self._tried("read", name, get)
 
-    def fetch(self, name: str, path: Path) -> str:
-        """Copy an object to a file, which appears whole or not at all; its ETag. Errors as of `read`."""
+    def fetch(self, name: str, path: Path, time_ns: Callable[[str], int] | None = None) -> str:
+        """Copy an object to a file, which appears whole or not at all; its ETag. Errors as of `read`.
+
+        time_ns: the file's time, from the ETag; else now.
+        """
 
         def get() -> str:
             answer = self._client.get_object(Bucket=self._bucket, Key=self._key(name))
@@ -104,6 +107,8 @@ class Bucket:
                         file.write(piece)
                     if file.tell() != answer["ContentLength"]:
                         raise _CutShortError(f"{file.tell()} of {answer['ContentLength']} bytes")
+                if time_ns is not None:
+                    os.utime(partial, ns=(time_ns(str(answer["ETag"])),) * 2)
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from storage.bucket import Bucket, Found
 from storage.disk_cache import default_folder
-from storage.durable import write_bytes_atomic
+from storage.durable import sha256_bytes, write_bytes_atomic
 from storage.errors import InputError
 from storage.objects import parsed_url
 
@@ -38,16 +38,26 @@ def copy_of(url: str) -> Path:
     return copies() / bucket / key
 
 
+def is_copy(path: Path) -> bool:
+    """Whether a path is where an object's copy lies, or would. Such a file's time follows from the object's ETag, so
+    that size and time tell a version on every machine, where inodes do not."""
+    return path.is_relative_to(copies())
+
+
+def _time_ns(etag: str) -> int:
+    return int(sha256_bytes(etag.encode())[:15], 16)
+
+
 def bring(path: Path | None, *, optional: bool = False) -> None:
     """Have one copy here, in a process that was given its path; nothing where it is here, or is no copy.
 
     optional: it need not be on the store. Raises InputError or WorkError, which name the object.
     """
-    if path is None or path.is_file() or not path.is_relative_to(copies()):
+    if path is None or path.is_file() or not is_copy(path):
         return
     bucket, _, key = path.relative_to(copies()).as_posix().partition("/")
     try:
-        Bucket.whole(bucket).fetch(key, path)
+        Bucket.whole(bucket).fetch(key, path, _time_ns)
     except FileNotFoundError as error:
         if optional:
             return
@@ -112,7 +122,7 @@ def _bring(bucket: Bucket, folder: Path, found: dict[str, Found]) -> None:
                 return  # what some tools put there for a folder
             if not {"", ".", ".."}.isdisjoint(PurePosixPath(key).parts) or ".." in key.split("/"):
                 raise InputError(f"{bucket.url}/{key}: the object's name leads out of a folder; rename it")
-            etag = bucket.fetch(key, folder / key)
+            etag = bucket.fetch(key, folder / key, _time_ns)
             known[key] = [etag, *_stamp(folder / key)]
 
         try:

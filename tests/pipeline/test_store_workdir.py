@@ -19,7 +19,8 @@ from storage.mirror import Mirror
 from tests.object_store import SECRET, misbehaving_server, sound_server
 from tests.pipeline.commands import as_json, handstill
 from tests.pipeline.lab import NO_WORK, work_of
-from tests.tiny_experiment import configure, make_experiment
+from tests.pipeline.test_verify import write_npz_of
+from tests.tiny_experiment import configure, make_experiment, tar_path
 
 URL = "s3://hands/runs/tiny"
 CHANGES = {"students.hybrid.on": ["alpha"], "students.plain!": None, "train.on": ["alpha"], "datasets.beta!": None}
@@ -148,6 +149,31 @@ def test_a_run_through_a_stores_faults_makes_the_same_cache_and_computes_nothing
         plan = as_json(config, "plan", "teach")["stages"]["teach"]
         assert (plan["todo"], plan["total"]) == (SHARDS - 2, SHARDS)  # evaluation has one view whatever that says
         assert as_json(config, "verify", "--no-teacher")["ok"]
+
+
+def test_an_npz_and_its_pictures_are_the_same_on_every_machine(
+    server: str, tmp_path: Path, inline_workers: None
+) -> None:
+    config, local = on_store(tmp_path / "remote"), tmp_path / "local"
+    make_experiment(local, CHANGES)
+    write_npz_of(local, tar_path(local, "val"))
+    bucket = Bucket("s3://hands/inputs")
+    for path in [path for path in (local / "val").rglob("*") if path.is_file()]:
+        bucket.write(path.relative_to(local).as_posix(), path.read_bytes())
+    npz = {"path": "s3://hands/inputs/val/val.npz", "image_dir": "s3://hands/inputs/val/rgb"}
+    configure(config, {"datasets.val": {"format": "hamer_npz"} | npz})
+    as_json(config, "run", "teach")
+
+    shutil.rmtree(tmp_path / "machine")
+    plan = as_json(config, "plan", "teach")["stages"]
+    assert {name: stage["todo"] for name, stage in plan.items()} == dict.fromkeys(plan, 0)
+    before = len(_events(tmp_path / "machine"))
+    as_json(config, "run", "teach")
+    assert work_of(_events(tmp_path / "machine")[before:]) == NO_WORK
+
+    *_, picture = sorted(bucket.below("val/rgb/"))
+    bucket.write(picture, bucket.read(min(bucket.below("val/rgb/")))[0])
+    assert as_json(config, "plan", "ingest")["stages"]["ingest"]["reasons"]["changed"] == 1
 
 
 def test_damage_on_the_store_is_found_and_made_again_and_orphans_are_swept(

@@ -234,24 +234,24 @@ def test_a_second_verify_says_what_the_first_found(lab: Lab) -> None:
 @pytest.fixture
 def with_pictures(lab: Lab) -> Lab:
     """The lab with an evaluation set of four photographs in a folder in the place of a tar."""
-    write_npz_of(lab, tar_path(lab.folder, "val"))
+    write_npz_of(lab.folder, tar_path(lab.folder, "val"))
     lab.configure({"datasets.val": {"format": "hamer_npz", "path": "val/val.npz", "image_dir": "val/rgb"}})
     assert lab.run("teach").shards == {"val": 2}
     return lab
 
 
-def write_npz_of(lab: Lab, tar: Path) -> None:
-    (lab.folder / "val/rgb").mkdir(parents=True)
+def write_npz_of(folder: Path, tar: Path) -> None:
+    (folder / "val/rgb").mkdir(parents=True)
     with tarfile.open(tar) as archive:
         contents = {name: cast(Any, archive.extractfile(name)).read() for name in archive.getnames()}
     names = sorted(name for name in contents if name.endswith(".jpg"))
     hands = [pickle.loads(contents[name.replace(".jpg", ".data.pyd")])[0] for name in names]  # noqa: S301  made here
     for name in names:
-        (lab.folder / "val/rgb" / name).write_bytes(contents[name])
+        (folder / "val/rgb" / name).write_bytes(contents[name])
     columns = {name: np.stack([hand[name] for hand in hands]) for name in hands[0] if name != "extra_info"}
     columns |= {f"hand_{name}": columns.pop(name) for name in ("keypoints_2d", "keypoints_3d")}
     columns["scale"] = columns["scale"] * 200
-    np.savez(lab.folder / "val/val.npz", imgname=np.array(names), **columns)
+    np.savez(folder / "val/val.npz", imgname=np.array(names), **columns)
 
 
 def brighten(path: Path) -> None:
