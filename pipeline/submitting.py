@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -58,7 +59,7 @@ def submit(config: PipelineConfig, config_path: Path, command: Sequence[str]) ->
     with _packed(config_path) as folder:
         job = _handed_over(
             client,
-            entrypoint=" ".join([config.cluster.job_python, "-m", "pipeline.cli", *command, "-c", PACKED_CONFIG]),
+            entrypoint=shlex.join([config.cluster.job_python, "-m", "pipeline.cli", *command, "-c", PACKED_CONFIG]),
             submission_id=name,
             runtime_env={"working_dir": str(folder), "env_vars": _environment(config, config_path, name)},
             metadata={"handstill": config.name, "command": " ".join(command)},
