@@ -118,8 +118,3 @@ def test_a_workdir_that_cannot_be_written_to(lab: Lab) -> None:
     lab.workdir.write_text("a file")
     answer = handstill("run", "-c", lab.config)
     refused(answer, "work")
-
-
-def test_a_workdir_in_an_object_store(lab: Lab) -> None:
-    lab.configure({"workdir": "s3://bucket/run"})
-    refused(handstill("plan", "-c", lab.config), "s3://bucket/run")

@@ -15,10 +15,12 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from pipeline import provenance, submitting, tracking
+from pipeline.config import PipelineConfig
 from pipeline.spool import POSITION, Spool
 from pipeline.system_metrics import machine_state
 from tests.pipeline.commands import handstill
 from tests.pipeline.lab import NO_WORK, Lab
+from tests.tiny_experiment import CONFIG
 
 COMMIT = "mlflow.source.git.commit"
 
@@ -204,9 +206,8 @@ def test_the_gpu_is_looked_at_once_the_process_uses_it(monkeypatch: pytest.Monke
 def test_a_submitted_job_names_the_code_that_was_submitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its code is packed without repository and package data."""
     tags = {"mlflow.source.name": "handstill", "handstill.version": "1.2.3", COMMIT: "0" * 40}
-    assert json.loads(submitting._environment(tmp_path / "pipeline.yaml")[provenance.JOB_PROVENANCE]) == (
-        provenance.provenance_tags()
-    )
+    sent = submitting._environment(PipelineConfig.model_validate(CONFIG), tmp_path / "pipeline.yaml", "job-1")
+    assert json.loads(sent[provenance.JOB_PROVENANCE]) == provenance.provenance_tags()
     monkeypatch.setenv(provenance.JOB_PROVENANCE, json.dumps(tags))
     assert provenance.provenance_tags.__wrapped__() == tags
     monkeypatch.delenv(provenance.JOB_PROVENANCE)
