@@ -60,7 +60,7 @@ def clean_up(experiment: Experiment) -> dict[str, Any]:
         document = _document(experiment, own, deleted=True)  # now that nobody begins to refer to more
         for path in map(Path, document["stale"]):
             if path != experiment.workdir.events:
-                _delete(experiment, path)
+                experiment.workdir.remove(path)
     append_event(experiment.workdir.events, "cleaned", outputs=len(document["stale"]), freed=document["bytes"])
     return document
 
@@ -177,13 +177,6 @@ def _stale_audits(experiment: Experiment, references: list[Reference]) -> Iterat
         }
         if not audited <= current:
             yield Stale(path, experiment.config.retention.caches)
-
-
-def _delete(experiment: Experiment, path: Path) -> None:
-    if path.suffix == ".zarr" and experiment.workdir.store is None:
-        CacheFolder(path.parent.parent).discard(path.stem)
-    else:
-        experiment.workdir.remove(path)
 
 
 def clean_text(document: Mapping[str, Any]) -> str:

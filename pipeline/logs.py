@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.events import EventTail, told
+from pipeline.repeating import repeated
 
 LogFormat = Literal["text", "json"]
 FORWARD_EVERY_S = 1.0
@@ -57,24 +57,17 @@ def forwarding(events: Path) -> Iterator[None]:
     if not in_json():
         yield
         return
-    tail, ended = EventTail(events), threading.Event()
+    tail = EventTail(events)
 
     def forward() -> None:
         for event in tail.new():
             if event["event"] not in NOT_FORWARDED:
                 print(json.dumps(_of_event(event)), file=sys.stderr, flush=True)  # noqa: T201
 
-    def forward_until_the_end() -> None:
-        while not ended.wait(FORWARD_EVERY_S):
-            forward()
-
-    thread = threading.Thread(target=forward_until_the_end, name="log", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(forward, FORWARD_EVERY_S, "log"):
+            yield
     finally:
-        ended.set()
-        thread.join()
         forward()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -18,7 +17,7 @@ from pipeline.manifests import ManifestIndex
 from pipeline.plan import StagePlan
 from pipeline.retention import undelivered
 from pipeline.run import plan_all
-from pipeline.store_lease import TTL_S, read_lease
+from pipeline.store_lease import TTL_S, alive_here, lease_document, read_lease
 from pipeline.teaching import ROLES
 from pipeline.workdir import Workdir
 from storage.errors import DamageError, InputError
@@ -121,8 +120,8 @@ def _running(workdir: Workdir, told: _Told) -> dict[str, Any] | None:
     if told.ended:
         return None
     try:
-        holder = json.loads(workdir.lease.read_bytes())
-    except (OSError, ValueError):
+        holder = lease_document(workdir.lease.read_bytes())
+    except OSError:
         holder = {}  # a log without a lease: of a copied workdir
     said = _said(holder) | {"nodes": told.workers}
     if told.run is not None and holder.get("run") != told.run:
@@ -138,7 +137,7 @@ def _running_on(store: Mirror, told: _Told) -> dict[str, Any] | None:
     holder, etag = read_lease(store.bucket)
     if etag is None or not holder or holder.get("released") or store.bucket.age_s(LEASE) > TTL_S:
         return None
-    if holder.get("host") == socket.gethostname() and not _alive(int(holder["pid"])):
+    if alive_here(str(holder.get("process", ""))) is False:
         return None
     nodes = told.workers if told.run == holder.get("run") else {}
     return _said(holder) | {"nodes": nodes}

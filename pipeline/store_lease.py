@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.repeating import repeated
 from storage.bucket import Bucket
 from storage.errors import BusyError, InputError, WorkError
 from storage.mirror import LEASE, OWN, Mirror
@@ -53,7 +54,7 @@ class Held:
         if etag is None:
             now, etag = read_lease(self.bucket)
             if now.get("run") != self.document["run"] or now.get("released"):
-                self.lost = f"another run took {self.bucket.url}: {_holder_of(now)}. This one has stopped."
+                self.lost = f"another run took {self.bucket.url}: {holder_sentence(now)}. This one has stopped."
                 return
         self.document, self.etag = changed, str(etag)
 
@@ -74,11 +75,16 @@ def read_lease(bucket: Bucket) -> tuple[dict[str, Any], str | None]:
         data, etag = bucket.read(LEASE)
     except FileNotFoundError:
         return {}, None
+    return lease_document(data), etag
+
+
+def lease_document(data: str | bytes) -> dict[str, Any]:
+    """What a lease says; nothing where nobody of ours wrote it."""
     try:
         document = json.loads(data)
-        return (document if isinstance(document, dict) else {}), etag
     except ValueError:
-        return {}, etag  # written by nobody of ours
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def was_ours(mirror: Mirror) -> bool:
@@ -117,18 +123,15 @@ def store_lease(mirror: Mirror, holder: Mapping[str, Any]) -> Iterator[Held]:
         WorkError: the store does not answer; or another run took the lease over meanwhile.
     """
     held, before = _taken(mirror, dict(holder))
-    stop = threading.Event()
-    beating = threading.Thread(target=_keep_beating, args=(held, stop), name="lease", daemon=True)
-    beating.start()
     try:
-        mirror.pull(lambda: before.get("copy") == copy_id(mirror))
-        with pushing(mirror, leads=True, check=held.check):
-            yield held
+        with repeated(lambda: _beat(held), BEAT_S, "lease"):
+            mirror.pull(lambda: before.get("copy") == copy_id(mirror))
+            with pushing(mirror, leads=True, check=held.check):
+                yield held
     except KeyboardInterrupt:
         held.check()
         raise
     finally:
-        _end(beating, stop)
         held.release()
 
 
@@ -141,7 +144,6 @@ def pushing(mirror: Mirror, *, leads: bool, check: Callable[[], None]) -> Iterat
     Raises:
         InputError, WorkError: the store does not take what the finished work made.
     """
-    stop = threading.Event()
 
     def push() -> None:
         check()
@@ -153,38 +155,25 @@ def pushing(mirror: Mirror, *, leads: bool, check: Callable[[], None]) -> Iterat
         except (InputError, WorkError, OSError) as error:
             log.warning("not everything is on the store: %s", error)
 
-    def keep_pushing() -> None:
-        while not stop.wait(PUSH_EVERY_S):
-            push_or_warn()
-
-    thread = threading.Thread(target=keep_pushing, name="push", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(push_or_warn, PUSH_EVERY_S, "push"):
+            yield
     except BaseException:
-        _end(thread, stop)
         push_or_warn()  # what failed has its own message
         raise
-    _end(thread, stop)
     push()
 
 
-def _end(thread: threading.Thread, stop: threading.Event) -> None:
-    stop.set()
-    thread.join()
-
-
-def _keep_beating(held: Held, stop: threading.Event) -> None:
-    while not stop.wait(BEAT_S):
-        try:
-            held.beat()
-        except (InputError, WorkError) as error:
-            log.warning("the lease could not be renewed, and is tried again: %s", error)
-            continue
-        if held.lost:
-            # As Ctrl-C does: it ends what the main thread waits for.
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            return
+def _beat(held: Held) -> None:
+    if held.lost:
+        return
+    try:
+        held.beat()
+    except (InputError, WorkError) as error:
+        log.warning("the lease could not be renewed, and is tried again: %s", error)
+    if held.lost:
+        # As Ctrl-C does: it ends what the main thread waits for.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _taken(mirror: Mirror, holder: dict[str, Any]) -> tuple[Held, dict[str, Any]]:
@@ -215,12 +204,12 @@ def _check_conditions(bucket: Bucket) -> None:
 
 def _wait_for_its_end(bucket: Bucket, held: dict[str, Any], etag: str) -> None:
     """Return when the holder is dead. Only looks that were answered count, so that an outage ends no lease."""
-    alive = _alive_here(str(held.get("process", "")))
+    alive = alive_here(str(held.get("process", "")))
     if alive is False:
         return
     looked_s = 0.0
     if alive is None:
-        log.info("%s is held: %s; waiting to see whether it lives", bucket.url, _holder_of(held))
+        log.info("%s is held: %s; waiting to see whether it lives", bucket.url, holder_sentence(held))
     while alive is None and looked_s < TTL_S:
         time.sleep(LOOK_S)
         now, found = read_lease(bucket)
@@ -229,22 +218,17 @@ def _wait_for_its_end(bucket: Bucket, held: dict[str, Any], etag: str) -> None:
         alive = True if found != etag else None
         looked_s += LOOK_S
     if alive:
-        raise BusyError(f"another run holds {bucket.url}: {_holder_of(held)}. Wait for it, or stop that process.")
+        raise BusyError(f"another run holds {bucket.url}: {holder_sentence(held)}. Wait for it, or stop that process.")
 
 
-def holder_sentence(said: str) -> str:
-    """What lease.json says of the run that holds a workdir, for a person."""
+def holder_sentence(holder: Mapping[str, Any]) -> str:
+    """What a lease says of the run that holds a workdir, for a person."""
     try:
-        holder = json.loads(said)
         since = datetime.fromisoformat(holder["since"]).astimezone(UTC)
         job = f" (job {holder['job']})" if "job" in holder else ""
         return f"process {holder['pid']} on {holder['host']}{job}, since {since:%Y-%m-%d %H:%M:%S} UTC"
     except (ValueError, KeyError, TypeError):
         return "it has not said who it is"
-
-
-def _holder_of(document: Mapping[str, Any]) -> str:
-    return holder_sentence(json.dumps(dict(document)))
 
 
 def _bytes(document: Mapping[str, Any]) -> bytes:
@@ -256,7 +240,7 @@ def _this_process() -> str:
     return f"{_machine()} {os.getpid()} {_started(os.getpid())}" if _machine() else ""
 
 
-def _alive_here(process: str) -> bool | None:
+def alive_here(process: str) -> bool | None:
     """Whether a process of this machine is alive; None: it is of another machine or container."""
     machine, _, rest = process.rpartition(" ")[0].rpartition(" ")
     if not machine or machine != _machine():

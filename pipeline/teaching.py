@@ -223,10 +223,7 @@ def _make_ready(experiment: Experiment, state: CacheState) -> None:
             attachments[CODEC_FILE] = codec
         CacheFolder.create(experiment.caches_folder, state.identity, attachments)
     for input_hash in state.damaged:
-        if experiment.workdir.store is None:
-            state.folder.discard(input_hash)
-        else:
-            experiment.workdir.remove(state.folder.shard_path(input_hash))
+        experiment.workdir.remove(state.folder.shard_path(input_hash))
     for record in state.folder.adopt(state.records.keys() - state.damaged).adopted:
         append_event(experiment.workdir.events, "shard_adopted", unit=record.input_hash, dataset=record.dataset)
 

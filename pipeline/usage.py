@@ -7,7 +7,6 @@ has it meanwhile. What a killed process used since its last note is lost.
 from __future__ import annotations
 
 import resource
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.events import append_event
+from pipeline.repeating import repeated
 
 NOTE_EVERY_S = 30.0
 """So much of a killed worker's cost may be missing; a line of 150 bytes."""
@@ -37,20 +37,11 @@ def metered(events: Path | None, what: str, *, gpus: float = 0.0) -> Iterator[No
     if events is None:
         yield
         return
-    ended = threading.Event()
     meter = _Meter(events, what, gpus)
-
-    def note_now_and_then() -> None:
-        while not ended.wait(NOTE_EVERY_S):
-            meter.note()
-
-    thread = threading.Thread(target=note_now_and_then, name="usage", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(meter.note, NOTE_EVERY_S, "usage"):
+            yield
     finally:
-        ended.set()
-        thread.join()
         meter.note()
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.job_code import JOB_NAME, check_job_code
-from pipeline.store_lease import holder_sentence, pushing, read_lease, store_lease, was_ours
+from pipeline.store_lease import holder_sentence, lease_document, pushing, read_lease, store_lease, was_ours
 from storage.bucket import Bucket
+from storage.cache import CacheFolder
 from storage.disk_cache import default_folder
 from storage.durable import is_partial, remove_tree, sha256_bytes, sweep_partial
 from storage.errors import BusyError, InputError, WorkError
@@ -67,9 +68,11 @@ class Workdir:
             self.store.pull(lambda: True)
 
     def remove(self, path: Path) -> None:
-        """Delete a file or folder of the workdir; only under the lease."""
+        """Delete a file or folder of the workdir, or a shard with its record; only under the lease."""
         if self.store is not None:
             self.store.remove(path)
+        elif path.suffix == ".zarr":
+            CacheFolder(path.parent.parent).discard(path.stem)
         else:
             remove_tree(path)
 
@@ -193,7 +196,7 @@ def lease(workdir: Workdir, orphans_end_in_s: float = ORPHANS_END_IN_S) -> Itera
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
-            who = holder_sentence(handle.read())
+            who = holder_sentence(lease_document(handle.read()))
             raise BusyError(f"another run holds {workdir.root}: {who}. Wait for it, or stop that process.") from None
         handle.truncate(0)
         holder = _holder()
@@ -230,10 +233,8 @@ def _holder() -> dict[str, str | int]:
 
 def run_of(workdir: Workdir) -> str | None:
     """The name of the run that has the workdir, or had it last."""
-    try:
-        return str(json.loads(_said_by_holder(workdir))["run"])
-    except (ValueError, KeyError, TypeError):
-        return None
+    run = lease_document(_said_by_holder(workdir)).get("run")
+    return None if run is None else str(run)
 
 
 def _wait_for_orphans(workdir: Workdir, patience_s: float) -> None:
