@@ -102,7 +102,7 @@ class Pictures:
         row = {name: values[index] for name, values in self.arrays.items()}
         pose, betas = row["hand_pose"].astype(np.float32), row["betas"].astype(np.float32)
         labels = HandLabels(row["hand_keypoints_2d"], row["hand_keypoints_3d"], pose[:3], pose[3:], betas)
-        cut = crop(image, row["center"], box.side_px(row["scale"]), bool(row["right"]), augmentation)
+        cut = crop(image, row["center"], box.side_px(row["scale"] / 200), bool(row["right"]), augmentation)
         vertices = self.vertices_px[index] @ cut.affine[:, :2].T + cut.affine[:, 2]
         return cut.picture, move_labels(labels, cut, augmentation), vertices.astype(np.float32)
 
