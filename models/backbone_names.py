@@ -1,4 +1,4 @@
-"""The names of timm's models, read off its source. Light to import: to ask timm itself takes seconds."""
+"""The names of backbones, timm's read off its source. Light to import: to ask timm itself takes seconds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from models.sizes import HAMER
+
+PREFIX = "torchvision/"
+"""`torchvision/resnet50` is the backbone's name in a student's specification."""
 _REGISTERED = re.compile(r"@register_model\s*\ndef (\w+)\(")
 
 
@@ -19,6 +23,7 @@ def timm_names() -> frozenset[str]:
     return frozenset(name for path in sources for name in _REGISTERED.findall(path.read_text(encoding="utf-8")))
 
 
-def is_timm_name(backbone: str) -> bool:
-    """Whether timm knows it, with or without the tag of its weights: mobilenetv3_large_100.ra_in1k."""
-    return backbone.partition(".")[0] in timm_names()
+def may_be_known(backbone: str) -> bool:
+    """Whether it is HaMeR's own, claims to be torchvision's, or is timm's, with or without the tag of its weights:
+    mobilenetv3_large_100.ra_in1k."""
+    return backbone == HAMER or backbone.startswith(PREFIX) or backbone.partition(".")[0] in timm_names()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.backbone_names import PREFIX
 from models.checkpoint import read_checkpoint
 from models.hamer import HamerConfig, decoder_sizes, read_model_config
 from models.hand_model import OPEN_HAND, load_hand_model
@@ -21,7 +22,6 @@ from models.model_config import model_config_path
 from models.preprocessing import FOCAL_LENGTH_PX
 from models.sizes import HAMER
 from models.student import Student, StudentSpec, feature_shape
-from models.torchvision_backbones import PREFIX
 from models.weight_loading import LEARNT, KeyReport, checkpoint_hand_model, loaded_weight
 from storage.errors import InputError
 

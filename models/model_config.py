@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from storage.errors import InputError
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 MODEL_CONFIG = "model_config.yaml"
 
 
-def model_config_places(checkpoint: Path) -> tuple[Path, Path]:
-    """Where it may be; the first that is there counts."""
-    folder = checkpoint.absolute().parent
+def model_config_places(checkpoint: AnyPath) -> tuple[AnyPath, AnyPath]:
+    """Where it may be beside an absolute path, of this machine or of a store; the first that is there counts."""
+    folder = checkpoint.parent
     return folder.parent / MODEL_CONFIG, folder / MODEL_CONFIG
 
 
@@ -21,7 +24,7 @@ def model_config_path(checkpoint: Path) -> Path:
     HaMeR and Fast-HaMeR keep it in the folder above the checkpoint's own; AnyHand beside the checkpoint. Where both are
     there, HaMeR's rule holds. Raises InputError that names both places.
     """
-    places = model_config_places(checkpoint)
+    places = model_config_places(checkpoint.absolute())
     for place in places:
         if place.is_file():
             return place

@@ -15,6 +15,7 @@ from pydantic import ValidationError, model_validator
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from models.backbone_names import PREFIX
 from models.backbones import TimmBackbone, timm_feature_shape
 from models.checkpoint import read_checkpoint
 from models.hamer import HamerConfig, hands_from_features
@@ -23,7 +24,7 @@ from models.mano import ManoLayer
 from models.mano_head import ManoHead
 from models.preprocessing import FOCAL_LENGTH_PX
 from models.sizes import HAMER, DecoderSizes, VitSizes
-from models.torchvision_backbones import PREFIX, TorchvisionBackbone, torchvision_feature_shape
+from models.torchvision_backbones import TorchvisionBackbone, torchvision_feature_shape
 from models.vit import GRID_HW, Vit
 from storage.config import Section
 from storage.durable import write_bytes_atomic

@@ -15,12 +15,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.backbone_names import PREFIX
 from models.checkpoint import read_checkpoint
 from models.preprocessing import IMAGE_SIZE
 from storage.errors import InputError
-
-PREFIX = "torchvision/"
-"""`torchvision/resnet50` is the backbone's name in a student's specification."""
 
 _FEATURES = ("mobilenet_v3_large", "mobilenet_v3_small", "convnext_tiny", "convnext_base", "convnext_large")
 _FEATURES_POOLED = ("efficientnet_v2_m", "efficientnet_v2_l")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from models.backbone_names import is_timm_name
+from models.backbone_names import may_be_known
 from models.hand_model import OPEN_HAND
 from models.model_config import model_config_path
 from pipeline.experiment import Experiment
@@ -14,9 +14,6 @@ from stages.config import HamerNpzDataset
 from stages.ingest import source_files
 from storage.errors import InputError
 from trainer.config import StudentRecipe, grid_problem
-
-HAMER, TORCHVISION = "hamer", "torchvision/"
-"""Backbones that are not timm's: HaMeR's own, and the beginning of the names of torchvision's."""
 
 
 def check_inputs(experiment: Experiment, *, backbones: bool = True) -> None:
@@ -87,11 +84,8 @@ def _weights_problems(experiment: Experiment) -> Iterator[str]:
 
 def _backbone_problems(experiment: Experiment, *, thoroughly: bool) -> Iterator[str]:
     for name, recipe in experiment.recipes().items():
-        if not thoroughly and (recipe.backbone == HAMER or recipe.backbone.startswith(TORCHVISION)):
-            continue
-        if not thoroughly and is_timm_name(recipe.backbone):
-            continue
-        yield from _complaint(f"students.{name}.backbone", partial(_check_backbone, recipe, experiment))
+        if thoroughly or not may_be_known(recipe.backbone):
+            yield from _complaint(f"students.{name}.backbone", partial(_check_backbone, recipe, experiment))
 
 
 def _check_backbone(recipe: StudentRecipe, experiment: Experiment) -> None:

@@ -6,14 +6,15 @@ From there on nobody sees a difference: a digest is of the bytes, wherever they 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Any
 
-from models.model_config import MODEL_CONFIG
+from models.model_config import model_config_places
 from pipeline.config import PipelineConfig
 from stages.ingest import expand_braces
 from storage.errors import InputError
 from storage.inputs import bring_all, copy_of
-from storage.objects import is_url
+from storage.objects import is_url, parsed_url
 
 SECTIONS = ("datasets", "teacher", "train", "students")
 """Those that name input files."""
@@ -55,12 +56,11 @@ def _local(value: Any) -> Any:
 
 
 def _beside(checkpoint: str) -> list[str]:
-    """Where a checkpoint's model_config.yaml may be (models/model_config.py)."""
+    """Where a checkpoint's model_config.yaml may be."""
     if not is_url(checkpoint):
         return []
-    folder = checkpoint.rpartition("/")[0]
-    above = folder.rpartition("/")[0]
-    return [f"{place}/{MODEL_CONFIG}" for place in (above, folder) if place.count("/") > 2]
+    scheme, bucket, key = parsed_url(checkpoint)
+    return [f"{scheme}://{bucket}{place}" for place in model_config_places(PurePosixPath("/", key))]
 
 
 def _check_synthesised(config: PipelineConfig) -> None:

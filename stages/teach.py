@@ -177,7 +177,7 @@ def _commit_to_store(job: ShardJob, store: Mirror, written: WrittenShard) -> Sha
         record = store.commit_shard(job.cache_root, written.partial, written.record)
     finally:
         remove_tree(written.partial)
-    _note(job, "shard_committed")
+    _note(job, "shard_committed", bytes=record.bytes)
     return record
 
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from storage.durable import partial_path
 from storage.errors import InputError
-from storage.objects import CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S, parsed_url, tried
+from storage.objects import CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S, parsed_url, region_and_endpoint, tried
 
 T = TypeVar("T")
 
@@ -119,19 +119,13 @@ class Bucket:
 
     def etag(self, name: str) -> str:
         """Of one object. Errors as of `read`."""
-        return self._tried(
-            "look at", name, lambda: str(self._client.head_object(Bucket=self._bucket, Key=self._key(name))["ETag"])
-        )
+        return str(self._head(name)["ETag"])
 
     def age_s(self, name: str) -> float:
         """How long ago an object was written, by the store's own clock. Errors as of `read`."""
-
-        def look() -> float:
-            answer = self._client.head_object(Bucket=self._bucket, Key=self._key(name))
-            now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-            return float((now - answer["LastModified"]).total_seconds())
-
-        return self._tried("look at", name, look)
+        answer = self._head(name)
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return float((now - answer["LastModified"]).total_seconds())
 
     def write(self, name: str, content: bytes | BinaryIO) -> str:
         """Put bytes, or what an open file holds, in an object's place; its ETag. Raises InputError or WorkError."""
@@ -158,8 +152,6 @@ class Bucket:
         def put() -> str | None:
             try:
                 answer = self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=data, **condition)
-            except FileNotFoundError:
-                return None
             except Exception as error:
                 if _code(error) in _CONFLICTS or (etag is not None and _code(error) in _NOT_THERE):
                     return None
@@ -185,6 +177,13 @@ class Bucket:
         """What `work` says to each name, side by side."""
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="s3") as pool:
             return list(pool.map(work, names))
+
+    def _head(self, name: str) -> dict[str, Any]:
+        def look() -> dict[str, Any]:
+            found: dict[str, Any] = self._client.head_object(Bucket=self._bucket, Key=self._key(name))
+            return found
+
+        return self._tried("look at", name, look)
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
@@ -260,9 +259,8 @@ def _client(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
     import boto3
     from botocore.config import Config
 
-    del process
-    given = dict(environment)
-    endpoint = given.get("AWS_ENDPOINT_URL_S3") or given.get("AWS_ENDPOINT_URL")
+    del process, environment  # they tell one client from another
+    region, endpoint = region_and_endpoint()
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=SILENCE_TIMEOUT_S,
@@ -271,7 +269,6 @@ def _client(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
         # As pyarrow does: other stores than Amazon's have no host a bucket.
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
-    region = given.get("AWS_REGION") or given.get("AWS_DEFAULT_REGION")
     return boto3.session.Session(region_name=region or ("us-east-1" if endpoint else None)).client("s3", config=config)
 
 

@@ -130,6 +130,15 @@ def sealed_json(payload: Mapping[str, Any]) -> bytes:
     return body.removesuffix(b"\n}\n") + f',\n  "seal": "{sha256_bytes(body)}"\n}}\n'.encode()
 
 
+def file_stamp(file: Path | int) -> list[int]:
+    """[size in bytes, mtime in ns, inode] of a file by its path or descriptor; empty where it is not there."""
+    try:
+        status = os.stat(file)  # noqa: PTH116 (a Path takes no descriptor)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
 def read_sealed_json(path: Path) -> dict[str, Any]:
     """Read a sealed document and check every byte of it; DamageError when one is not as written."""
     return parse_sealed_json(path.read_bytes(), str(path))

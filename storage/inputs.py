@@ -11,12 +11,12 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from storage.bucket import Bucket, Found
 from storage.disk_cache import default_folder
-from storage.durable import sha256_bytes, write_bytes_atomic
+from storage.durable import file_stamp, sha256_bytes, write_bytes_atomic
 from storage.errors import InputError
 from storage.objects import parsed_url
 
@@ -35,7 +35,13 @@ def copy_of(url: str) -> Path:
     scheme, bucket, key = parsed_url(url)
     if scheme != "s3":
         raise InputError(f"{url}: input files are read from s3:// only; for other stores give their S3 interface")
-    return copies() / bucket / key
+    return _place(copies() / bucket, key)
+
+
+def _place(folder: Path, key: str) -> Path:
+    if key.startswith("/") or ".." in key.split("/"):
+        raise InputError(f"s3://{folder.name}/{key}: the object's name leads out of a folder; rename it")
+    return folder / key
 
 
 def is_copy(path: Path) -> bool:
@@ -118,11 +124,7 @@ def _bring(bucket: Bucket, folder: Path, found: dict[str, Found]) -> None:
             log.info("copying %d input files (%.3g GB) from %s", len(todo), wanted / 1e9, bucket.url)
 
         def fetch(key: str) -> None:
-            if key.endswith("/"):
-                return  # what some tools put there for a folder
-            if not {"", ".", ".."}.isdisjoint(PurePosixPath(key).parts) or ".." in key.split("/"):
-                raise InputError(f"{bucket.url}/{key}: the object's name leads out of a folder; rename it")
-            etag = bucket.fetch(key, folder / key, _time_ns)
+            etag = bucket.fetch(key, _place(folder, key), _time_ns)
             known[key] = [etag, *_stamp(folder / key)]
 
         try:
@@ -140,8 +142,5 @@ def _known(folder: Path) -> dict[str, list[Any]]:
 
 
 def _stamp(path: Path) -> list[int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return []
-    return [status.st_size, status.st_mtime_ns]
+    """Without the inode: a cache folder that was moved or restored keeps its copies."""
+    return file_stamp(path)[:2]

@@ -23,6 +23,7 @@ from typing import Any
 
 from storage.bucket import Bucket, Found
 from storage.durable import (
+    file_stamp,
     is_partial,
     parse_sealed_json,
     remove_tree,
@@ -99,10 +100,10 @@ class Mirror:
                 name
                 for name, found in wanted.items()
                 if (known.get(name) or [""])[0] != found.etag
-                or (_stamp(self.root / name) != known[name][1:] and not (ours and (self.root / name).is_file()))
+                or (file_stamp(self.root / name) != known[name][1:] and not (ours and (self.root / name).is_file()))
             ]
             for name, etag in zip(fetch, self.bucket.at_once(self._fetch, fetch), strict=True):
-                known[name] = [etag, *_stamp(self.root / name)]
+                known[name] = [etag, *file_stamp(self.root / name)]
             for path in list(self._files()):
                 name = self.name_of(path)
                 if name not in wanted and (not ours or _ledger(name)):
@@ -116,7 +117,7 @@ class Mirror:
         """
         with self._locked():
             known = self._index()
-            stamps = {self.name_of(path): _stamp(path) for path in self._files()}
+            stamps = {self.name_of(path): file_stamp(path) for path in self._files()}
             if not leads:
                 stamps = {name: stamp for name, stamp in stamps.items() if not name.startswith(_OF_THE_RUN)}
             new = sorted(
@@ -254,7 +255,7 @@ class Mirror:
         """Put one file; None: it is gone since it was listed, or says more now than what was put before it."""
         try:
             with (self.root / name).open("rb") as file:
-                if _rank(name) > 0 and _stamp_of(os.fstat(file.fileno())) != stamp:
+                if _rank(name) > 0 and file_stamp(file.fileno()) != stamp:
                     return None
                 return self.bucket.write(name, file)
         except FileNotFoundError:
@@ -264,7 +265,7 @@ class Mirror:
         """(every object that is copied, by name; the shards of each cache). Shards are counted, not looked into."""
         found, folders = self.bucket.inside("")
         shards: dict[str, list[str]] = {}
-        for below in self.bucket.at_once(self._listed, [name for name in folders if name != _CACHE]):
+        for below in self.bucket.at_once(self.bucket.below, [name for name in folders if name != _CACHE]):
             found |= below
         caches = self.bucket.inside(_CACHE)[1] if _CACHE in folders else []
         for cache in caches:
@@ -279,9 +280,6 @@ class Mirror:
                 else:
                     found |= self.bucket.below(folder)
         return {name: each for name, each in found.items() if not _NEVER.search(name)}, shards
-
-    def _listed(self, folder: str) -> dict[str, Found]:
-        return self.bucket.below(folder)
 
     def _files(self) -> Iterator[Path]:
         """The files here that the store has, or should have."""
@@ -316,18 +314,6 @@ class Mirror:
         kept = self._notes().get("shards", {}) if shards is None else shards
         data = json.dumps({"files": files, "shards": kept}, sort_keys=True).encode()
         write_bytes_atomic(self.root / OWN / "index.json", data)
-
-
-def _stamp(path: Path) -> list[Any]:
-    try:
-        status = path.stat()
-    except OSError:
-        return []
-    return _stamp_of(status)
-
-
-def _stamp_of(status: os.stat_result) -> list[Any]:
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _rank(name: str) -> int:

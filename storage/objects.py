@@ -149,6 +149,12 @@ def parsed_url(url: str) -> tuple[str, str, str]:
     return scheme, bucket, prefix
 
 
+def region_and_endpoint() -> tuple[str | None, str | None]:
+    """What the SDK's variables name; None where they do not."""
+    said = os.environ.get
+    return said("AWS_REGION") or said("AWS_DEFAULT_REGION"), said("AWS_ENDPOINT_URL_S3") or said("AWS_ENDPOINT_URL")
+
+
 def _reason(error: OSError) -> tuple[str, bool]:
     """What to say of an SDK's error, and whether the store refused access."""
     text = str(error)
@@ -168,8 +174,7 @@ def _s3(bucket: str) -> fs.FileSystem:
         "request_timeout": SILENCE_TIMEOUT_S,
         "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=1),  # `_tried` does it, for every store alike
     }
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region, endpoint = region_and_endpoint()
     if endpoint:
         scheme, found, host = endpoint.rstrip("/").partition("://")
         options |= {"scheme": scheme, "endpoint_override": host} if found else {"endpoint_override": scheme}

@@ -84,12 +84,10 @@ def read_table(path: Path) -> Columns:
     """
     try:
         with pq.ParquetFile(path) as file:
-            problem = _problem(file.schema_arrow, file.metadata.num_rows)
-            table = None if problem else file.read()
+            _check_schema(file.schema_arrow, file.metadata.num_rows)
+            table = file.read()
     except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
         raise DamageError(f"it cannot be read ({error})") from error
-    if table is None:
-        raise DamageError(problem)
     if any(column.null_count for column in table.columns):
         raise DamageError("it has holes")
     columns = {name: _array(table[name].combine_chunks()) for name in table.column_names}
@@ -98,18 +96,20 @@ def read_table(path: Path) -> Columns:
     return columns
 
 
-def _problem(schema: pa.Schema, rows: int) -> str:
-    """Why this is no table of ours, before anything of it is decoded: a few bytes may stand for many rows."""
+def _check_schema(schema: pa.Schema, rows: int) -> None:
+    """Raises DamageError for no table of ours, before any of it is decoded: a few bytes may stand for many rows."""
     if len(set(schema.names)) != len(schema.names) or schema.get_field_index("sample_id") < 0:
-        return f"it has the columns {', '.join(schema.names[:20])}, of which sample_id must be one, and none twice"
+        columns = ", ".join(schema.names[:20])
+        raise DamageError(f"it has the columns {columns}, of which sample_id must be one, and none twice")
     width = 0
     for field in schema:
         wanted = _TYPES.get(field.name, pa.float64())
         if field.type != wanted and not (wanted == pa.float64() and pa.types.is_floating(field.type)):
-            return f"its column {field.name} holds {field.type}, wanted {wanted}"
+            raise DamageError(f"its column {field.name} holds {field.type}, wanted {wanted}")
         width += getattr(field.type, "list_size", 1)
     most = _MAX_PICTURES if "picture" in schema.names else _MAX_NUMBERS // width
-    return f"it has {rows} rows, at most {most} are read" if rows > most else ""
+    if rows > most:
+        raise DamageError(f"it has {rows} rows, at most {most} are read")
 
 
 def _array(column: Any) -> NDArray[Any]:

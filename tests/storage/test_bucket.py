@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,24 +12,9 @@ from storage import bucket as bucket_module
 from storage import objects
 from storage.bucket import Bucket
 from storage.errors import InputError, WorkError
-from tests.object_store import SECRET, WANTS_SEAWEEDFS, S3Server, misbehaving_server, real_server
+from tests.object_store import SECRET, WANTS_SEAWEEDFS, S3Server, real_server
 
 URL = "s3://hands/work"
-
-
-@pytest.fixture(scope="module")
-def _server() -> Iterator[S3Server]:
-    with misbehaving_server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
-    _server.misbehave()
-    Bucket(URL).delete(Bucket(URL).below())
-    yield _server
-    _server.misbehave()
 
 
 def test_objects_are_listed_read_and_deleted(server: S3Server | None, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,26 +13,11 @@ from storage.durable import sha256_bytes
 from storage.errors import WorkError
 from storage.ledger import FileDigest, ShardRecord
 from storage.mirror import Mirror
-from tests.object_store import S3Server, misbehaving_server
+from tests.object_store import S3Server
 
 URL = "s3://hands/work"
 CACHE = "cache/0123456789abcdef"
 STUDENT = "students/plain/seed-0/ab"
-
-
-@pytest.fixture(scope="module")
-def _server() -> Iterator[S3Server]:
-    with misbehaving_server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.01)
-    _server.misbehave()
-    Bucket(URL).delete(Bucket(URL).below())
-    yield _server
-    _server.misbehave()
 
 
 def write(mirror: Mirror, *names: str, content: str = "") -> None:
