@@ -13,6 +13,7 @@ from pipeline.experiment import Experiment
 from stages.config import HamerNpzDataset
 from stages.ingest import source_files
 from storage.errors import InputError
+from storage.inputs import is_file, is_folder
 from trainer.config import StudentRecipe, grid_problem
 
 
@@ -43,7 +44,7 @@ def _config_problem(checkpoint: Path) -> str | None:
 def _teacher_problems(experiment: Experiment) -> Iterator[str]:
     teacher = experiment.config.teacher
     checkpoint = experiment.path(teacher.checkpoint)
-    if not checkpoint.is_file():
+    if not is_file(checkpoint):
         yield f"teacher.checkpoint: no file {checkpoint}; want HaMeR's Lightning checkpoint (hamer.ckpt)"
     elif (problem := _config_problem(checkpoint)) is not None:
         yield f"teacher.checkpoint: {problem}"
@@ -67,9 +68,9 @@ def _dataset_problems(experiment: Experiment) -> Iterator[str]:
         if isinstance(dataset, HamerNpzDataset):
             wanted = {"truth_xyz": dataset.truth_xyz, "truth_verts": dataset.truth_verts}
             for key, value in wanted.items():
-                if value is not None and not experiment.path(value).is_file():
+                if value is not None and not is_file(experiment.path(value)):
                     yield f"datasets.{name}.{key}: no file {experiment.path(value)}"
-            if not experiment.path(dataset.image_dir).is_dir():
+            if not is_folder(experiment.path(dataset.image_dir)):
                 yield f"datasets.{name}.image_dir: no folder {experiment.path(dataset.image_dir)}"
 
 

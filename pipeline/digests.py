@@ -11,7 +11,7 @@ from typing import Any
 
 from storage.durable import sha256_bytes, sha256_file, write_bytes_atomic
 from storage.errors import InputError
-from storage.inputs import is_copy
+from storage.inputs import bring, is_copy, version
 
 Stamp = tuple[int, int, int]
 
@@ -22,10 +22,12 @@ def digest_of(value: Any) -> str:
 
 
 def stamp(path: Path) -> Stamp:
-    """(size in bytes, mtime in ns, inode) of a file; of an object's copy, which is another file on each machine, no
-    inode: its time says which version it is."""
+    """(size in bytes, mtime in ns, inode) of a file. Of an object's copy, which is another file on each machine and may
+    be missing on this one: the version that the store has, and no inode."""
+    if is_copy(path):
+        return (*version(path), 0)
     status = path.stat()
-    return status.st_size, status.st_mtime_ns, 0 if is_copy(path) else status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 class DigestMemory:
@@ -53,6 +55,7 @@ class DigestMemory:
         try:
             found = self.known(path)
             if found is None:
+                bring(path)
                 before = stamp(path)
                 found = sha256_file(path)
                 self.remember(path, before, found)

@@ -26,6 +26,7 @@ from pipeline.workers import network_resources, ray_session, run_units
 from storage.cache import HAND_MODEL
 from storage.durable import canonical_json, sweep_partial, write_bytes_atomic
 from storage.errors import WorkError
+from storage.inputs import bring
 from trainer.config import SCORING_VERSION, LatencyConfig
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def _score(unit: EvaluateUnit) -> EvaluationResult:
     from trainer.evaluate import EvaluateJob, TeacherJob, evaluate_student, evaluate_teacher
 
     if unit.student is None:
+        bring(unit.model_config)
         return evaluate_teacher(
             TeacherJob(
                 sets=unit.sets,

@@ -97,7 +97,7 @@ def ingest_unit(unit: IngestUnit) -> Ingested:
     source = unit.source
     append_event(unit.events, "ingest_started", unit=str(source.path))
     for path in source.inputs():
-        bring(path)
+        bring(path, fresh=True)
     stamps = [stamp(path) for path in source.inputs()]  # before reading: a file that changes meanwhile is scanned again
     table = scan_source(source.dataset, source.config, source.path, source.base)
     path = unit.manifests / source.dataset / manifest_name(table)

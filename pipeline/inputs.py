@@ -1,4 +1,4 @@
-"""Inputs that a configuration names by s3:// URLs: copied here, and the configuration with the copies' paths.
+"""Inputs that a configuration names by s3:// URLs: looked up there, and the configuration with their copies' paths.
 
 From there on nobody sees a difference: a digest is of the bytes, wherever they lie.
 """
@@ -13,7 +13,7 @@ from models.model_config import model_config_places
 from pipeline.config import PipelineConfig
 from stages.ingest import expand_braces
 from storage.errors import InputError
-from storage.inputs import bring_all, copy_of
+from storage.inputs import bring_all, copy_of, is_file, look
 from storage.objects import is_url, parsed_url
 
 SECTIONS = ("datasets", "teacher", "train", "students")
@@ -21,19 +21,25 @@ SECTIONS = ("datasets", "teacher", "train", "students")
 
 
 def with_copies(config: PipelineConfig) -> PipelineConfig:
-    """The configuration with paths in the place of URLs, whose files are here as the store has them now.
+    """The configuration with the copies' paths in the place of URLs.
+
+    What the store has now is known then. Data sets and the teacher's checkpoint are copied when they are opened, by the
+    machine that opens them: the command's own may need none of it. The rest, which is small, is here.
 
     Raises:
         InputError: something is not on the store, or cannot be a URL.
         WorkError: the store does not answer.
     """
     document = config.model_dump(exclude_unset=True)
-    urls = sorted({url for section in SECTIONS for url in _urls(document.get(section))})
-    if not urls:
+    urls = {section: [e for url in _urls(document.get(section)) for e in expand_braces(url)] for section in SECTIONS}
+    if not any(urls.values()):
         return config
     _check_synthesised(config)
     beside = _beside(config.teacher.checkpoint)
-    bring_all((expanded for url in urls for expanded in expand_braces(url)), optional=beside)
+    look(sorted({url for named in urls.values() for url in named}), optional=beside)
+    needed = {url for section in SECTIONS if section != "datasets" for url in urls[section]}
+    bring_all(map(copy_of, needed - {config.teacher.checkpoint}))
+    bring_all(path for path in map(copy_of, beside) if is_file(path))
     return PipelineConfig.model_validate(
         {name: _local(value) if name in SECTIONS else value for name, value in document.items()}
     )

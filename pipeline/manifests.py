@@ -18,6 +18,7 @@ from stages.ingest import ingest_identity, named_files, scan_source, source_file
 from stages.sources import path_from
 from storage.durable import write_bytes_atomic
 from storage.errors import InputError
+from storage.inputs import bring, is_file
 from storage.manifest import manifest_name, read_manifest, read_plan_columns
 
 
@@ -93,7 +94,7 @@ class ManifestIndex:
         if entry is None:
             return None
         path = self._folder / str(entry["manifest"])
-        if not path.is_file() or not source.path.is_file():
+        if not path.is_file() or not is_file(source.path):
             return None
         same = entry["stamps"] == [_stamp_or_none(item) for item in source.inputs()]
         if isinstance(source.config, HamerNpzDataset):
@@ -156,6 +157,8 @@ def changed_files(source: Source, manifest: Path, digests: DigestMemory) -> list
     if not isinstance(source.config, HamerNpzDataset):
         return [] if digests.sha256(source.path) == _source_digest(manifest) else [str(source.path)]
     try:
+        for path in source.inputs():
+            bring(path)
         now = scan_source(source.dataset, source.config, source.path, source.base)
     except InputError:
         return [str(source.path)]

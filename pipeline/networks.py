@@ -11,6 +11,7 @@ from models.hand_model import OPEN_HAND, HandModel
 from models.sizes import HAMER
 from models.student import Student
 from storage.errors import InputError
+from storage.inputs import bring
 from trainer.job import STUDENT, student_folder
 
 TEACHER = "teacher"
@@ -75,7 +76,9 @@ def _teacher(config: Path, mano_model: str | None) -> NamedNetwork:
     hand = section.mano_model
     if hand is not None and hand != OPEN_HAND:
         hand = str(experiment.path(hand))
-    return _checkpoint(experiment.path(section.checkpoint), mano_model or hand)
+    checkpoint = experiment.path(section.checkpoint)
+    bring(checkpoint)
+    return _checkpoint(checkpoint, mano_model or hand)
 
 
 def _student(folder: Path, mano_model: str | None) -> NamedNetwork:

@@ -69,7 +69,8 @@ def load_from_checkpoint(settings: TeacherSettings) -> tuple[Forward, dict[str, 
     device = "cuda" if settings.gpus else "cpu"
     append_event(settings.events, "teacher_loading", device=device)
     for place in (settings.checkpoint, *model_config_places(settings.checkpoint)):
-        bring(place, optional=True)
+        bring(place, optional=True, fresh=True)
+    bring(None if settings.mano_model is None else Path(settings.mano_model))
     teacher = load_teacher(
         settings.checkpoint, settings.mano_model, device, settings.precision, compiled=settings.compiled
     )

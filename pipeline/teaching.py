@@ -40,6 +40,7 @@ from storage.config import is_fitted, token_bytes
 from storage.encodings import grid_shape
 from storage.errors import DamageError
 from storage.identity import CACHE_JSON, stored_identity
+from storage.inputs import bring
 from storage.manifest import ShardPlan
 from storage.snapshots import publish_snapshot, read_head, snapshot_stands, write_head
 
@@ -234,6 +235,7 @@ def _hand_model_bytes(experiment: Experiment) -> bytes:
     from models.teacher import teacher_hand_model
 
     checkpoint = experiment.path(experiment.config.teacher.checkpoint)
+    bring(checkpoint)
     return hand_model_bytes(teacher_hand_model(checkpoint, hand_model_source(experiment)))
 
 

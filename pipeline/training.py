@@ -224,7 +224,7 @@ class _Reporter:
 def train_unit(unit: TrainUnit) -> TrainResult:
     """Train one student, or go on with it (runs in a worker of its own)."""
     for path in (unit.job.weights, unit.job.mocap):
-        bring(path)
+        bring(path, fresh=True)
     if unit.resources.workers > 1:
         return _train_together(unit)
     import torch

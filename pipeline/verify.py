@@ -25,6 +25,7 @@ from pipeline.teaching import ROLES
 from pipeline.workdir import lease
 from storage.config import encoding_parts
 from storage.errors import DamageError, InputError
+from storage.inputs import bring
 from storage.ledger import ShardRecord
 from storage.mirror import Mirror
 from storage.reading import CacheReader, open_cache
@@ -162,6 +163,7 @@ def _recheck(experiment: Experiment, states: list[CacheState]) -> tuple[int, flo
 
     device = "cuda" if teacher_gpus(experiment) else "cpu"
     checkpoint = experiment.path(experiment.config.teacher.checkpoint)
+    bring(checkpoint)
     precision = resolved_precision(experiment)
     forward = teacher_forward(load_teacher(checkpoint, hand_model_source(experiment), device, precision), device)
     rows, worst, wrong = 0, 0.0, []

@@ -23,6 +23,7 @@ from stages.pictures import Picture
 from stages.sources import FoundHand, path_from, relative_to_base
 from stages.tar_source import tar_hands
 from storage.errors import InputError
+from storage.inputs import is_file
 from storage.manifest import manifest_table
 
 ALGORITHM_VERSION = 1
@@ -59,7 +60,7 @@ def source_files(config: DatasetConfig, base: Path) -> list[Path]:
     Raises InputError for files that are missing or named twice.
     """
     files = named_files(config, base)
-    missing = [str(path) for path in files if not path.is_file()]
+    missing = [str(path) for path in files if not is_file(path)]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(

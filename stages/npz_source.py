@@ -17,6 +17,7 @@ from stages.pictures import Picture, look_at
 from stages.sources import FoundHand, SourceScan, path_from, relative_to_base
 from storage.durable import sha256_file
 from storage.errors import InputError
+from storage.inputs import bring_all
 from storage.npz import read_npz
 
 Rows = npt.NDArray[Any]
@@ -75,6 +76,7 @@ class _NpzHands:
 
     def _pictures(self, names: list[str]) -> dict[str, Picture]:
         folder = path_from(self._config.image_dir, self._base)
+        bring_all((folder / name for name in dict.fromkeys(names) if _is_usable(name)), optional=True)
         if not folder.is_dir():
             raise InputError(
                 f"image_dir {folder} is no folder. Wanted: the folder that the names in {self._source} start at."
@@ -89,8 +91,8 @@ class _NpzHands:
         return pictures
 
     def _picture(self, folder: Path, name: str) -> Picture:
-        shown = _printable(name)
-        if shown != name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if not _is_usable(name):
+            shown = _printable(name)
             return Picture(shown, problem=f"no-picture: its name {shown} leads out of image_dir or cannot be printed")
         path = folder / name
         try:
@@ -103,6 +105,10 @@ class _NpzHands:
 def npz_hands(config: HamerNpzDataset, source: Path, base: Path) -> SourceScan:
     """A scan of one npz, its pictures and its truth."""
     return _NpzHands(config, source, base)
+
+
+def _is_usable(name: str) -> bool:
+    return name.isprintable() and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
 def _printable(name: str) -> str:

@@ -36,7 +36,7 @@ from storage.config import CacheConfig, FeaturesConfig, PicturesConfig
 from storage.durable import sha256_bytes
 from storage.encodings import decode_picture, encode_picture
 from storage.errors import InputError
-from storage.inputs import bring
+from storage.inputs import bring, is_copy
 from storage.ledger import Quarantined
 from storage.manifest import Role
 from storage.mirror import Mirror
@@ -181,8 +181,21 @@ def read_photo(row: Row, base: Path) -> bytes:
         SourceMissingError: there is no such file, or it cannot be read.
         SourceChangedError: its bytes are not those that were ingested.
     """
-    in_tar, path = row["image_offset"] >= 0, photo_file(row, base)
-    bring(path)
+    path = photo_file(row, base)
+    data = _read_part(row, path, fresh=False)
+    if sha256_bytes(data) != row["image_sha256"] and is_copy(path):
+        data = _read_part(row, path, fresh=True)  # this machine's copy may be older than what was ingested
+    if sha256_bytes(data) != row["image_sha256"]:
+        raise SourceChangedError(
+            f"{path}: the picture {row['image_name']} has changed since it was ingested; "
+            "leave the sources alone while handstill runs, then run again"
+        )
+    return data
+
+
+def _read_part(row: Row, path: Path, *, fresh: bool) -> bytes:
+    bring(path, fresh=fresh)
+    in_tar = row["image_offset"] >= 0
     try:
         with path.open("rb") as file:
             if in_tar:
@@ -192,11 +205,6 @@ def read_photo(row: Row, base: Path) -> bytes:
         raise SourceMissingError(
             f"{path} cannot be read ({error.strerror}); bring it back, or take it out of datasets"
         ) from None
-    if sha256_bytes(data) != row["image_sha256"]:
-        raise SourceChangedError(
-            f"{path}: the picture {row['image_name']} has changed since it was ingested; "
-            "leave the sources alone while handstill runs, then run again"
-        )
     return data
 
 

@@ -117,6 +117,11 @@ class Bucket:
         path.parent.mkdir(parents=True, exist_ok=True)
         return self._tried("read", name, get)
 
+    def look(self, name: str) -> Found:
+        """What a listing says of one object. Errors as of `read`."""
+        answer = self._head(name)
+        return Found(str(answer["ETag"]), int(answer["ContentLength"]))
+
     def etag(self, name: str) -> str:
         """Of one object. Errors as of `read`."""
         return str(self._head(name)["ETag"])

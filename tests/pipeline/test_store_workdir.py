@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.store_lease import is_held
+from stages.preparation import SourceChangedError, read_photo
 from storage import bucket as bucket_module
-from storage import objects
+from storage import inputs, objects
 from storage.bucket import Bucket
 from storage.errors import WorkError
 from storage.mirror import Mirror
@@ -87,6 +88,10 @@ def test_a_run_on_a_store_makes_the_same_cache_and_says_nothing_of_the_credentia
     shutil.rmtree(tmp_path / "machine")  # another one goes on
     plan = as_json(config, "plan", "teach")["stages"]["teach"]
     assert (plan["todo"], plan["total"]) == (SHARDS - 2, SHARDS)
+    as_json(config, "check")
+    as_json(config, "status")
+    copied = [path.name for path in (tmp_path / "machine" / "handstill" / "inputs").rglob("*") if path.is_file()]
+    assert copied == ["model_config.yaml"]
     answers.append(handstill("run", "teach", "-c", config))
     assert answers[-1].code == 0, answers[-1].err
     assert cache_on_store() == cache_on_disk(tmp_path / "local" / "work" / "cache")
@@ -174,6 +179,19 @@ def test_an_npz_and_its_pictures_are_the_same_on_every_machine(
     *_, picture = sorted(bucket.below("val/rgb/"))
     bucket.write(picture, bucket.read(min(bucket.below("val/rgb/")))[0])
     assert as_json(config, "plan", "ingest")["stages"]["ingest"]["reasons"]["changed"] == 1
+
+
+def test_a_machine_with_an_older_copy_reads_what_was_ingested(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = Bucket("s3://hands/inputs")
+    bucket.write("1.jpg", b"old")
+    path = inputs.copy_of("s3://hands/inputs/1.jpg")
+    row = {"image_offset": -1, "image_path": str(path), "image_name": "1.jpg"}
+    assert read_photo(row | {"image_sha256": hashlib.sha256(b"old").hexdigest()}, Path("/")) == b"old"
+    bucket.write("1.jpg", b"new")
+    monkeypatch.setattr(inputs, "_on_store", {})  # another process
+    assert read_photo(row | {"image_sha256": hashlib.sha256(b"new").hexdigest()}, Path("/")) == b"new"
+    with pytest.raises(SourceChangedError, match=r"1\.jpg has changed since it was ingested"):
+        read_photo(row | {"image_sha256": hashlib.sha256(b"older").hexdigest()}, Path("/"))
 
 
 def test_damage_on_the_store_is_found_and_made_again_and_orphans_are_swept(
