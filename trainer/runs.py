@@ -99,8 +99,10 @@ class Runs:
                 found = self._client.get_experiment_by_name(name)
                 if found is None:
                     raise InputError(
-                        f"no experiment {name!r} at {tracking_uri}; run `handstill run` first, or name one of: "
-                        + (", ".join(self._known_experiments()) or "none is there")
+                        f"no experiment {name!r} at {tracking_uri} (there is: "
+                        + (", ".join(self._known_experiments()) or "none")
+                        + "); run `handstill run` first, or name one that is there; students' records are where "
+                        "tracking.uri pointed when they were trained: point it there again, or take another workdir"
                     )
                 self._experiments[found.experiment_id] = name
 

@@ -13,8 +13,10 @@ from pipeline import promoting
 from pipeline.promoting import Alias, promote, version_behind
 from pipeline.tracking import TrackingTarget
 from storage.errors import InputError, WorkError
+from tests.mlflow_server import MlflowServer
 from tests.pipeline.commands import as_json, handstill
 from tests.pipeline.lab import Lab
+from tests.tiny_experiment import make_experiment
 from tests.trainer.mlflow_store import Store, student
 
 ALIAS = Alias("hands", "champion")
@@ -163,3 +165,31 @@ def test_the_winner_of_a_real_run_is_promoted_by_compare_and_not_by_run(lab: Lab
     report = (lab.workdir / "report" / "report.html").read_text()
     assert "The gate is failed." in report
     assert "mlflow artifacts download -r" in report, "each run says how to have it again"
+
+
+def test_a_server_over_http_has_a_runs_students_their_comparison_and_the_winner(
+    tmp_path: Path, inline_workers: None
+) -> None:
+    with MlflowServer(tmp_path / "server") as server:
+        compare = {"bootstrap": 100, "gate": {"dataset": "val", "limit": 10_000.0}, "promote": {}}
+        changes = {"train.steps": 1, "tracking.uri": server.uri, "compare": compare}
+        config = make_experiment(tmp_path / "experiment", changes)
+        as_json(config, "run")
+        own = as_json(config, "compare")
+        assert own["gate"]["promoted"]["version"] == "1"
+        elsewhere = compared(tmp_path, "--tracking-uri", server.uri, "--experiment", "tiny")
+        client = MlflowClient(tracking_uri=server.uri)
+        tiny = client.get_experiment_by_name("tiny").experiment_id
+        comparisons = client.search_runs([tiny], "tags.`handstill.kind` = 'comparison'")
+        files = [{found.path for found in client.list_artifacts(run.info.run_id)} for run in comparisons]
+    assert elsewhere["students"] == own["students"]
+    assert all({"report.html", "table.md", "differences.csv"} <= names for names in files)
+    assert len(files) == 3, "of the run, of the command, and of the other one"
+    assert b"<img" in (tmp_path / "out" / "report.html").read_bytes()
+
+
+def test_who_moves_to_another_server_is_told_where_the_records_are(lab: Lab, tmp_path: Path) -> None:
+    lab.configure({"tracking.uri": f"sqlite:///{tmp_path}/other.db"})
+    answer = handstill("compare", "-c", lab.config)
+    assert answer.code == 2
+    assert "students' records are where tracking.uri pointed when they were trained" in answer.err
