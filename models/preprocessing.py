@@ -19,7 +19,9 @@ FOCAL_LENGTH_PX = 5000.0
 def normalise(pictures: Tensor) -> Tensor:
     """uint8 RGB (B,256,256,3) to float32 (B,3,256,256), mean 0 and variance 1 over ImageNet; on the same device."""
     assert pictures.dtype == torch.uint8, pictures.dtype
-    mean = torch.tensor(IMAGE_MEAN, device=pictures.device) * 255
-    std = torch.tensor(IMAGE_STD, device=pictures.device) * 255
-    # contiguous: a permuted tensor is channels-last, and FastViT's training step crashes on those
-    return pictures.float().sub(mean).div(std).permute(0, 3, 1, 2).contiguous()
+    mean = torch.tensor(IMAGE_MEAN, device=pictures.device)[:, None, None] * 255
+    std = torch.tensor(IMAGE_STD, device=pictures.device)[:, None, None] * 255
+    # contiguous: a permuted tensor is channels-last, and FastViT's training step crashes on those. Moved before the
+    # arithmetic: an innermost dimension of three is nine times as slow on a CPU, for the same bits
+    planes = pictures.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return planes.sub_(mean).div_(std)
