@@ -341,6 +341,11 @@ def _submit(arguments: argparse.Namespace) -> int:
     from pipeline.loading import load_config
     from pipeline.submitting import follow, stop, submit
 
+    for option, job in (("--follow", arguments.follow), ("--stop", arguments.stop)):
+        if job and (arguments.stage or arguments.limit is not None or arguments.no_wait):
+            raise InputError(
+                f"{option} is for a job that was submitted already: leave out STAGE, --limit and --no-wait"
+            )
     config = load_config(arguments.config)
     if arguments.stop:
         stopped = stop(config, arguments.stop)

@@ -21,6 +21,7 @@ import pytest
 from pipeline import job_code
 from pipeline.workdir import Workdir, claim_of
 from storage.errors import WorkError
+from tests.pipeline.commands import handstill
 from tests.tiny_experiment import configure, events_of, make_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +180,14 @@ def test_a_job_that_is_not_known(head: Head, config: Path) -> None:
     answer = head.submit(config, "--follow", "no-such-job")
     assert answer.returncode == 2
     assert "knows no job 'no-such-job'; its jobs: " in answer.stderr
+
+
+@pytest.mark.parametrize("more", [["train"], ["--limit", "2"], ["--no-wait"]])
+@pytest.mark.parametrize("option", ["--follow", "--stop"])
+def test_what_makes_a_job_is_not_for_one_that_is_there(config: Path, option: str, more: list[str]) -> None:
+    answer = handstill("submit", option, "some-job", *more, "-c", config)
+    assert answer.code == 2
+    assert f"{option} is for a job that was submitted already: leave out STAGE" in answer.err
 
 
 def test_no_job_server(head: Head, config: Path, tmp_path: Path) -> None:
