@@ -320,11 +320,18 @@ class Run:
             known.update({name: value.float() for name, value in read_checkpoint(start_from).items()})
             self.learner.student.load_state_dict(known)
         else:
-            seen = batch_of(self.pictures, np.arange(min(200, len(self.pictures))))["pictures"]
-            start_well(self.learner.student.backbone, seen)
+            start_well(self.learner.student.backbone, self.first_views())
         self.average = ModelEmaV3(self.learner, AVERAGED, use_warmup=True)
         if checkpoint.exists():
             self.average.module.load_state_dict(state["average"])
+
+    def first_views(self) -> Tensor:
+        """Some plain crops, in which the hands have to be as large as they are cut out."""
+        batch = batch_of(self.pictures, np.arange(min(200, len(self.pictures))))
+        joints = batch["keypoints_2d"][..., :2]
+        longer_side = (joints.amax(dim=1) - joints.amin(dim=1)).amax(dim=1).median()
+        assert 0.2 < longer_side < 1, f"a hand takes {longer_side:.3f} of its crop: in which unit is the box?"
+        return batch["pictures"]
 
     def train(self) -> None:
         last = time.monotonic()
