@@ -78,7 +78,7 @@ def test_only_the_named_identities_and_the_last_runs_count(store: Store) -> None
     assert [(s["name"], s["seed"]) for s in found] == [("big-none", 0)]
     with pytest.raises(InputError, match="no finished student"):
         compare(store.uri, Selection(("exp",), identities=frozenset()))
-    with pytest.raises(InputError, match=r"no experiment 'other' at .*; .* name one of: exp"):
+    with pytest.raises(InputError, match=r"no experiment 'other' at .* \(there is: .*exp.*\); run `handstill run`"):
         compare(store.uri, Selection(("other",)))
 
 
