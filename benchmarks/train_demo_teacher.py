@@ -9,8 +9,11 @@ network so far, `--start-from models/assets/demo_teacher/checkpoints/hamer.ckpt`
 
 A vision transformer learns slowly from few pictures. So it starts with filters that whiten patches and with attention
 to neighbours, and while it trains each token also says which joints and which parts of the hand it sees; the layer that
-says so is left out of the checkpoint. Its products are in bfloat16, one process of one thread a core: 64 to 80 pictures
-a second on two cores that share their caches, 44 on one.
+says so is left out of the checkpoint.
+
+On a GPU one process trains and one a core prepares its batches. On a CPU it is one process of one thread a core: 64 to
+80 pictures a second on two cores with bfloat16 products, a tenth of that on two old ones without. Products are in
+bfloat16 where the machine has them; where a CPU has to imitate them they are twenty times as slow as in float32.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import argparse
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +35,7 @@ from numpy.typing import NDArray
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from models.checkpoint import read_checkpoint
 from models.crops import (
@@ -63,8 +68,8 @@ SPEC = StudentSpec(
     vit=SIZES,
     decoder=DecoderSizes(dim=192, depth=2, heads=6, dim_head=32, mlp_dim=384),
 )
-BATCH = 64
-"""Of all processes together."""
+BATCH = {"cpu": 64, "cuda": 256}
+"""Of all processes together, by the kind of device."""
 LR_MATRICES, LR_OTHERS, WARMUP_STEPS, WEIGHT_DECAY = 1.5e-3, 1e-3, 200, 0.05
 FALL = 0.3
 """The last share of the time, in which the learning rate falls to nothing; before that it stays, so that a run can be
@@ -177,20 +182,55 @@ def _drawn(rng: np.random.Generator) -> tuple[Augmentation, BoxRule]:
     return draw_augmentation(rng), TEACHER_BOX if rng.random() < TEACHER_BOX_SHARE else STUDENT_BOX
 
 
+class Batches(Dataset[dict[str, Tensor]]):
+    """A process's share of the batch of each step, by the step's number: the same whoever prepares it."""
+
+    def __init__(self, pictures: Pictures, share: int, rank: int) -> None:
+        self.pictures, self.share, self.rank = pictures, share, rank
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        cv2.setNumThreads(1)
+        rng = np.random.default_rng([SEEDS["train"], step, self.rank])
+        return batch_of(self.pictures, rng.integers(len(self.pictures), size=self.share), rng)
+
+    def from_step(self, step: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+        """Batches on the device, without end. On a CPU the training process makes its own: it has no core to spare."""
+        workers = os.cpu_count() or 1 if device.type == "cuda" else 0
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": workers > 0}
+        for batch in DataLoader(self, batch_size=None, sampler=range(step, 1 << 31), **options):
+            yield to_device(batch, device)
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 class Learner(nn.Module):
     """The network, and the layer that says what each token sees: 21 joints, 16 parts."""
 
-    def __init__(self, hand: HandModel) -> None:
+    part: Tensor
+
+    def __init__(self, hand: HandModel, bfloat16: bool) -> None:
         super().__init__()
+        self.bfloat16 = bfloat16
         self.student = Student(SPEC, hand)
         self.seen = nn.Conv2d(SIZES.embed_dim, 21 + 16, kernel_size=1)
         nn.init.constant_(self.seen.bias, -3.0)  # most tokens see no part of the hand
 
-        self.part = torch.from_numpy(hand.weights[PART_VERTICES].argmax(axis=1))
+        part = torch.from_numpy(hand.weights[PART_VERTICES].argmax(axis=1))
+        self.register_buffer("part", part, persistent=False)
 
     def loss(self, batch: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
         """rate: the learning rate's share of its highest; the tokens' loss falls with it."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(batch["pictures"].device.type, torch.bfloat16, enabled=self.bfloat16):
             features = self.student.backbone(normalise(batch["pictures"]))
         features = features.float()
         out = hands_from_features(features, self.student.mano_head, self.student.mano, FOCAL_LENGTH_PX)
@@ -239,17 +279,19 @@ def token_targets(keypoints_B212: Tensor) -> Tensor:
     # Token (row, column) covers rows 16 row - 2 .. 16 row + 13, columns 32 further: the embedding pads by two.
     pixels = (keypoints_B212 + 0.5) * 256
     column, row = (pixels[..., 0] - 32 - 5.5) / 16, (pixels[..., 1] - 5.5) / 16
-    across = (1 - (column[..., None] - torch.arange(12)).abs()).clamp(min=0)
-    down = (1 - (row[..., None] - torch.arange(16)).abs()).clamp(min=0)
+    columns, rows = torch.arange(12, device=pixels.device), torch.arange(16, device=pixels.device)
+    across = (1 - (column[..., None] - columns).abs()).clamp(min=0)
+    down = (1 - (row[..., None] - rows).abs()).clamp(min=0)
     return (down[..., :, None] * across[..., None, :]).flatten(2)
 
 
 def parts_in_tokens(vertices_BV2: Tensor, part_V: Tensor) -> Tensor:
     """(B, 16, 192): 1 where the token holds vertices of the part, hidden ones too. vertices_BV2: crop px."""
-    tokens = ((vertices_BV2 - torch.tensor([32.0, 0.0]) + 2) / 16).floor().long()
-    inside = ((tokens >= 0) & (tokens < torch.tensor([12, 16]))).all(dim=2)
+    device = vertices_BV2.device
+    tokens = ((vertices_BV2 - torch.tensor([32.0, 0.0], device=device) + 2) / 16).floor().long()
+    inside = ((tokens >= 0) & (tokens < torch.tensor([12, 16], device=device))).all(dim=2)
     place = tokens[..., 1] * 12 + tokens[..., 0]
-    seen = torch.zeros(len(vertices_BV2), 16 * 192 + 1)
+    seen = torch.zeros(len(vertices_BV2), 16 * 192 + 1, device=device)
     seen.scatter_(1, torch.where(inside, part_V * 192 + place, 16 * 192), 1.0)  # the last place is thrown away
     return seen[:, :-1].view(-1, 16, 192)
 
@@ -259,9 +301,10 @@ def evaluate(student: Student, pictures: Pictures) -> dict[str, float]:
     """Errors on the set's plain crops, in millimetres; proper rotations only."""
     student.eval()
     found, true = [], []
-    for indices in np.array_split(np.arange(len(pictures)), -(-len(pictures) // BATCH)):
+    device = next(student.parameters()).device
+    for indices in np.array_split(np.arange(len(pictures)), -(-len(pictures) // BATCH["cpu"])):
         batch = batch_of(pictures, indices)
-        found.append(student(normalise(batch["pictures"]))["keypoints_3d"].numpy())
+        found.append(student(normalise(batch["pictures"].to(device)))["keypoints_3d"].cpu().numpy())
         true.append(batch["keypoints_3d"][..., :3].numpy())
     student.train()
     joints, truth = np.concatenate(found).astype(np.float64), np.concatenate(true).astype(np.float64)
@@ -298,11 +341,20 @@ def optimizers_for(learner: Learner) -> list[torch.optim.Optimizer]:
 class Run:
     """A training run in a folder: it goes on from where the last one there stopped."""
 
-    def __init__(self, folder: Path, minutes: float, pictures: Pictures, held_out: Pictures, hand: HandModel) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        minutes: float,
+        pictures: Pictures,
+        held_out: Pictures,
+        hand: HandModel,
+        device: torch.device,
+    ) -> None:
         torch.manual_seed(0)
         self.folder, self.budget_s, self.pictures, self.held_out = folder, minutes * 60, pictures, held_out
+        self.device = device
         self.rank, self.ranks = distributed.get_rank(), distributed.get_world_size()
-        self.learner = Learner(hand)
+        self.learner = Learner(hand, has_bfloat16(device))
         self.optimizers = optimizers_for(self.learner)
         self.step, self.spent_s, self.best = 0, 0.0, float("inf")
         self.mean_pose_mm = mean_pose_error(hand, held_out)
@@ -310,20 +362,21 @@ class Run:
     def resume_or_start(self, start_from: Path | None) -> None:
         checkpoint = self.folder / "checkpoint.pt"
         if checkpoint.exists():
-            state = torch.load(checkpoint, weights_only=True)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             self.learner.load_state_dict(state["learner"])
             self.step, self.spent_s, self.best = state["step"], state["spent_s"], state["best"]
-            for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(its_state)
         elif start_from is not None:
             known = self.learner.student.state_dict()
             known.update({name: value.float() for name, value in read_checkpoint(start_from).items()})
             self.learner.student.load_state_dict(known)
         else:
             start_well(self.learner.student.backbone, self.first_views())
+        self.learner.to(self.device)
         self.average = ModelEmaV3(self.learner, AVERAGED, use_warmup=True)
         if checkpoint.exists():
             self.average.module.load_state_dict(state["average"])
+            for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(its_state)
 
     def first_views(self) -> Tensor:
         """Some plain crops, in which the hands have to be as large as they are cut out."""
@@ -335,8 +388,11 @@ class Run:
 
     def train(self) -> None:
         last = time.monotonic()
-        while self.spent_s < self.budget_s:
-            losses = self.one_step()
+        share = BATCH[self.device.type] // self.ranks
+        for batch in Batches(self.pictures, share, self.rank).from_step(self.step, self.device):
+            if self.spent_s >= self.budget_s:
+                break
+            losses = self.one_step(batch)
             self.spent_s = self.agreed(self.spent_s + time.monotonic() - last)
             last = time.monotonic()
             if self.step % 50 == 0 and self.rank == 0:
@@ -351,10 +407,8 @@ class Run:
         distributed.broadcast(told, 0)
         return float(told)
 
-    def one_step(self) -> dict[str, Tensor]:
+    def one_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         rate = rate_at(self.step, self.spent_s / self.budget_s)
-        rng = np.random.default_rng([SEEDS["train"], self.step, self.rank])
-        batch = batch_of(self.pictures, rng.integers(len(self.pictures), size=BATCH // self.ranks), rng)
         losses = self.learner.loss(batch, rate)
         for optimizer, highest in zip(self.optimizers, (LR_MATRICES, LR_OTHERS), strict=True):
             optimizer.zero_grad()
@@ -371,6 +425,8 @@ class Run:
 
     def share_gradients(self) -> None:
         """The mean over the processes, in one message."""
+        if self.ranks == 1:
+            return
         gradients = [parameter.grad for parameter in self.learner.parameters() if parameter.grad is not None]
         message = nn.utils.parameters_to_vector(gradients)
         distributed.all_reduce(message)
@@ -400,7 +456,8 @@ def train_rank(rank: int, arguments: argparse.Namespace) -> None:
     chunks = range(-(-arguments.pictures // CHUNK))
     pictures = together([render(arguments.folder, chunk) for chunk in chunks])
     held_out = render(arguments.folder, 0, "held-out", HELD_OUT)
-    run = Run(arguments.folder, arguments.minutes, pictures, held_out, load_hand_model("open-hand"))
+    device, hand = torch.device(arguments.device), load_hand_model("open-hand")
+    run = Run(arguments.folder, arguments.minutes, pictures, held_out, hand, device)
     run.resume_or_start(arguments.start_from)
     run.train()
     distributed.destroy_process_group()
@@ -411,7 +468,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pictures", type=int, default=40000)
     parser.add_argument("--minutes", type=float, default=480)
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="each of one thread; they share a batch")
+    parser.add_argument("--device", choices=BATCH, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="on a CPU: of one thread, share a batch")
     parser.add_argument("--start-from", type=Path, help="a hamer.ckpt of these sizes, to train further")
     parser.add_argument("--export", type=Path, help="write the best network so far here instead of training")
     arguments = parser.parse_args()
@@ -423,6 +481,8 @@ def main() -> None:
         print(evaluate(student, held_out), "mean pose", mean_pose_error(student.hand_model, held_out))
         return
     render_all(arguments.folder, arguments.pictures)
+    if arguments.device == "cuda":
+        arguments.processes = 1
     torch.multiprocessing.spawn(train_rank, (arguments,), nprocs=arguments.processes)
 
 
