@@ -1,12 +1,16 @@
 """How well networks trained on rendered hands do on real photographs, and what the detector finds there.
 
-    python benchmarks/real_hands.py [--network NAME|PATH] [--mano-model FILE] [--detector WHEEL] [--quick] [--json FILE]
+    python benchmarks/real_hands.py [--network NAME|PATH] [--mano-model FILE] [--detector WHEEL] [--worst FILE.svg]
+                                    [--quick] [--json FILE]
 
 The 24 hands of ../shared/data/real-hands through `handstill predict`'s path, with the annotated boxes: PA-MPJPE (proper
 rotations) and MPJPE from the wrist where there is 3D truth, the share of joints within 5, 10 and 15% of the tight box
 (HInt's PCK) for all. The mean hand in the mean pose, moved onto the 3D truth, is the error of knowing nothing. With
 --detector: how many of the annotated hands it finds (its box overlaps the tight one by half), their sides, and what it
 finds besides. Nothing is timed but the detector.
+
+--worst draws the hands that the first network answers worst, over their labels and without the photographs, which their
+licences keep where they are.
 """
 
 from __future__ import annotations
@@ -24,8 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from models.drawing import BONES
 from models.hand_box import HandBox
 from models.hand_detector import load_hand_detector, overlap
 from models.hand_model import HandModel
@@ -36,12 +43,16 @@ from stages.pictures import decode
 from stages.skinning import pose_hand, rotation_matrices
 from stages.tar_source import tar_hands
 from trainer import metrics
+from trainer.report_figures import as_svg
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ROOT / "models/assets/demo_teacher/checkpoints/hamer.ckpt"
 REAL_HANDS = ROOT.parent / "shared/data/real-hands"
 PHOTOS = ROOT.parent / "shared/data/photos"
 FOUND_IOU = 0.5
+WORST = 8
+FINGER_COLOURS = ("#cc79a7", "#0072b2", "#56b4e9", "#009e73", "#d55e00")
+"""Thumb to little finger."""
 
 Row = dict[str, Any]
 
@@ -106,6 +117,43 @@ def _scores(pairs: Sequence[tuple[RealHand, PredictedHand]]) -> dict[str, float]
         found["pa_mpjpe"] = float(np.nanmean(metrics.pa_mpjpe_mm(joints, deep[..., :3], known, reflection=False)))
         found["mpjpe"] = float(np.nanmean(metrics.mpjpe_mm(joints, deep[..., :3], known, root=0)))
     return found
+
+
+def draw_worst(hands: Sequence[RealHand], said: Sequence[PredictedHand], path: Path) -> None:
+    """The hands with the largest distance of 2D joints by the tight box's longer side, the worst first."""
+    errors = np.array([_share_of_box(hand, one) for hand, one in zip(hands, said, strict=True)])
+    worst = np.argsort(errors)[::-1][:WORST]
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    panels = figure.subplots(2, -(-WORST // 2)).ravel()
+    for axes, index in zip(panels, worst, strict=False):
+        _draw(axes, hands[index], said[index])
+        axes.set_title(f"{hands[index].data_set}\n{errors[index]:.0%} of the box", fontsize=8)
+    for axes in panels[len(worst) :]:
+        axes.set_axis_off()
+    figure.supxlabel("grey: labelled; coloured: answered, thumb to little finger; frame: the tight box", fontsize=8)
+    path.write_text(as_svg(figure), encoding="utf-8")
+
+
+def _share_of_box(hand: RealHand, said: PredictedHand) -> float:
+    seen = hand.label.keypoints_2d[:, 2] > 0.5
+    if not seen.any():
+        return 0.0  # nobody knows where this hand's joints are
+    distance = np.linalg.norm(said.joints_2d_px - hand.label.keypoints_2d[:, :2], axis=1)[seen]
+    return float(distance.mean() / (hand.tight[2:] - hand.tight[:2]).max())
+
+
+def _draw(axes: Axes, hand: RealHand, said: PredictedHand) -> None:
+    left, top, right, bottom = hand.tight
+    axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="#ddd", linewidth=1)
+    seen = hand.label.keypoints_2d[:, 2] > 0.5
+    for number, (a, b) in enumerate(BONES):
+        if seen[[a, b]].all():
+            axes.plot(*hand.label.keypoints_2d[[a, b], :2].T, color="#999", linewidth=3, solid_capstyle="round")
+        axes.plot(*said.joints_2d_px[[a, b]].T, color=FINGER_COLOURS[number // 4], linewidth=1.4)
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def mean_pose(hands: Sequence[RealHand], model: HandModel) -> list[Row]:
@@ -176,6 +224,8 @@ def report(arguments: argparse.Namespace) -> Row:
         predictor = load_predictor(name, config=arguments.config, mano_model=mano_model, rescale=1.0)
         said = [predictor(hand.picture, [hand.box])[0] for hand in hands]
         rows += scores("demo teacher" if name == str(TEACHER) else name, hands, said)
+        if number == 0 and arguments.worst is not None:
+            draw_worst(hands, said, arguments.worst)
         if number == 0:
             rows += mean_pose(hands, predictor.named.hand_model)
     if arguments.detector is not None:
@@ -196,6 +246,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("pipeline.yaml"))
     parser.add_argument("--mano-model")
     parser.add_argument("--detector", type=Path)
+    parser.add_argument("--worst", type=Path, help="an SVG")
     parser.add_argument("--quick", action="store_true", help="the InterHand2.6M hands only")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
