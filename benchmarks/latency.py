@@ -124,8 +124,8 @@ def exported_alone(hands: Hands, batch: int) -> Callable[[], object]:
 
 def exported_whole(hands: Hands) -> Callable[[], object]:
     photo, (height, width) = photograph(), PHOTO_HW
-    half = BOX_PX / 4  # the crop is twice the tight box
-    box = Box(width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half, right=True)
+    side = BOX_PX / 2  # the crop is twice the tight box
+    box = Box((width - side) / 2, (height - side) / 2, side, side, right=True)
     return lambda: hands.in_photo(photo, [box])
 
 

@@ -4,8 +4,8 @@ This one file travels with every export of handstill and imports nothing of it; 
 
     from handstill_numpy import Box, Hands
 
-    hands = Hands("EXPORT", "hand_model.npz")
-    for hand in hands.in_photo("photo.jpg", [Box(210, 80, 460, 350, right=True)]):
+    hands = Hands("EXPORT")  # finds the hand model in the folder or beside it, as EXPORT.hand_model.npz
+    for hand in hands.in_photo("photo.jpg", [Box(x=210, y=80, width=250, height=270, right=True)]):
         print(hand.keypoints_2d, hand.keypoints_3d, hand.vertices)
 
 Frames and letters used here:
@@ -41,6 +41,12 @@ FINGERTIP_VERTICES = (744, 320, 443, 554, 671)
 """Thumb, index, middle, ring, pinky."""
 OPENPOSE_ORDER = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)
 """Rows of [16 joints, 5 fingertips]: wrist, then thumb, index, middle, ring, pinky, each from its base to its tip."""
+
+MIN_SIDE_PX = 4.0
+"""Of a box's longer side. A hand of fewer pixels shows nothing."""
+LARGEST_BOX = 4.0
+"""A box may be so many times as large as the photograph's longer side: in a larger one the hand would be a dot, and
+smoothing the photograph for it would take minutes."""
 
 _SUBPIXELS = 32
 _FINE = 1024
@@ -232,14 +238,33 @@ def _flat(directions_V3N: Array) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Box:
-    """A tight box around a hand, photo px, and which hand it is."""
+    """A tight box around a hand, photo px, and which hand it is: the numbers of `handstill predict --box`."""
 
-    left_px: float
-    top_px: float
-    right_px: float
-    bottom_px: float
+    x: float
+    """of its left edge"""
+    y: float
+    """of its upper edge"""
+    width: float
+    height: float
     right: bool
     """A right hand."""
+
+    def check(self, width_px: int, height_px: int) -> None:
+        """Raise ValueError for a box that cuts no hand out of a photograph of this size."""
+        if not np.isfinite([self.x, self.y, self.width, self.height]).all():
+            raise ValueError(f"{self}: found numbers that are not finite; want x, y, width and height in pixels")
+        if min(self.width, self.height) <= 0 or max(self.width, self.height) < MIN_SIDE_PX:
+            raise ValueError(f"{self}: no room for a hand; want a width and a height of {MIN_SIDE_PX:g} px and more")
+        if not (self.x < width_px and self.y < height_px and self.x + self.width > 0 and self.y + self.height > 0):
+            raise ValueError(
+                f"{self}: lies outside the photograph of {width_px} x {height_px} px; want x and y of the upper left "
+                "corner, in the photograph as it is shown upright"
+            )
+        if max(self.width, self.height) > LARGEST_BOX * max(width_px, height_px):
+            raise ValueError(
+                f"{self}: too large for a photograph of {width_px} x {height_px} px; want at most {LARGEST_BOX:g} "
+                "times its longer side"
+            )
 
 
 @dataclass(frozen=True)
@@ -279,7 +304,7 @@ class Hands:
         """`hand_model`: hand_model.npz; None: the one inside the export's folder or beside it, if there is one.
         `network`: another file of the folder than preprocessing.json names.
         `threads`: 0 is as many as there are cores."""
-        folder = Path(export)
+        folder = Path(export).absolute()  # "." has no name to look beside
         self.description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -288,6 +313,7 @@ class Hands:
         places = (folder / HAND_MODEL, folder.with_name(f"{folder.name}.{HAND_MODEL}"))
         found = hand_model or next((place for place in places if place.is_file()), None)
         self.layer = None if found is None else HandLayer.load(found)
+        self._places = places
 
     def __call__(self, pictures: NDArray[np.uint8]) -> dict[str, Array]:
         """Crops (B,256,256,3) uint8 RGB to `global_orient`, `hand_pose`, `betas`, `cam`, and with a hand model
@@ -318,22 +344,26 @@ class Hands:
     def in_photo(self, photo: str | Path | NDArray[np.uint8], boxes: Sequence[Box]) -> list[Hand]:
         """The hands in the boxes of a photograph: a file, turned upright as its EXIF says, or RGB (H,W,3)."""
         pixels = _decoded(photo) if isinstance(photo, str | Path) else photo
+        for box in boxes:
+            box.check(pixels.shape[1], pixels.shape[0])
         if not boxes:
             return []
         cuts = [self._cut(pixels, box) for box in boxes]
         said = self(np.stack([cut.picture for cut in cuts]))
         if "vertices" not in said or self.layer is None:
-            raise FileNotFoundError(f"no {HAND_MODEL}: joints and meshes need one. Hands(export, 'hand_model.npz')")
+            looked = " or ".join(map(str, self._places))
+            raise FileNotFoundError(
+                f"no hand model: joints and meshes need one. Put it at {looked}, or name it: Hands(export, 'FILE.npz')"
+            )
         each = ({name: values[i] for name, values in said.items()} for i in range(len(boxes)))
         return [self._in_photo(*found, pixels.shape) for found in zip(boxes, cuts, each, strict=True)]
 
     def _cut(self, photo: NDArray[np.uint8], box: Box) -> Crop:
         rule = self.description["crop"]
-        width, height = box.right_px - box.left_px, box.bottom_px - box.top_px
-        longer = max(width, height)
+        longer = max(box.width, box.height)
         if rule["widen_to"] is not None:
-            longer = max(longer, width * rule["widen_to"][1] / rule["widen_to"][0])
-        center = ((box.left_px + box.right_px) / 2, (box.top_px + box.bottom_px) / 2)
+            longer = max(longer, box.width * rule["widen_to"][1] / rule["widen_to"][0])
+        center = (box.x + box.width / 2, box.y + box.height / 2)
         return crop(photo, center, rule["of_tight_box"] * longer, box.right, side_px=rule["side_px"])
 
     def _in_photo(self, box: Box, cut: Crop, said: dict[str, Array], shape: tuple[int, ...]) -> Hand:

@@ -153,7 +153,7 @@ def _files(facts: Mapping[str, Any]) -> str:
     hand = (
         "in the graph, and as arrays (faces) in this folder"
         if inside
-        else "**not in this folder**: it stands beside it"
+        else f"**not in this folder**: it stands beside it, under this folder's name and `.{HAND_MODEL}`"
     )
     rows = [
         (facts["network"]["file"], "the network, any batch size"),
@@ -167,18 +167,21 @@ def _files(facts: Mapping[str, Any]) -> str:
 
 
 def _use(facts: Mapping[str, Any]) -> str:
-    given = '"EXPORT"' if facts["hand_model"]["inside"] else f'"EXPORT", "{HAND_MODEL}"'
+    outside = (
+        f"\n\nThe hand model is found beside the folder, as EXPORT.{HAND_MODEL}, or in it, as {HAND_MODEL}; one that "
+        'lies elsewhere is named: `Hands("EXPORT", "FILE.npz")`.'
+    )
     return (
         "## Use\n\n"
         "`pip install onnxruntime numpy pillow`, then, with this folder as EXPORT:\n\n"
         "```python\n"
         "from handstill_numpy import Box, Hands\n\n"
-        f"hands = Hands({given})\n"
-        'for hand in hands.in_photo("photo.jpg", [Box(210, 80, 460, 350, right=True)]):\n'
+        'hands = Hands("EXPORT")\n'
+        'for hand in hands.in_photo("photo.jpg", [Box(x=210, y=80, width=250, height=270, right=True)]):\n'
         "    print(hand.keypoints_2d, hand.keypoints_3d, hand.vertices.shape)\n"
         "```\n\n"
         f"The box is a tight one, in pixels of the photograph; the crop is {TIGHT_BOX_FACTOR:g} times its longer side."
-    )
+    ) + ("" if facts["hand_model"]["inside"] else outside)
 
 
 def _equality(facts: Mapping[str, Any]) -> str:

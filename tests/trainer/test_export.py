@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -119,12 +120,41 @@ def test_weights_too_large_for_one_file_stand_in_a_second(
 def test_left_and_right_are_mirror_pictures(exported: export.ExportResult) -> None:
     photo = procedural_pictures(1)[0]
     hands = Hands(exported.folder)
-    (right,) = hands.in_photo(photo, [Box(60, 70, 160, 200, right=True)])
-    (left,) = hands.in_photo(np.ascontiguousarray(photo[:, ::-1]), [Box(95, 70, 195, 200, right=False)])
+    (right,) = hands.in_photo(photo, [Box(60, 70, 100, 130, right=True)])
+    (left,) = hands.in_photo(np.ascontiguousarray(photo[:, ::-1]), [Box(95, 70, 100, 130, right=False)])
     np.testing.assert_array_equal(left.cut.picture, right.cut.picture)
     np.testing.assert_allclose(left.vertices * [-1, 1, 1], right.vertices)
     np.testing.assert_allclose([255, 0] + left.keypoints_2d * [-1, 1], right.keypoints_2d, atol=1e-4)
     np.testing.assert_array_equal(left.faces, right.faces[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((10, 10, 0, 0), "no room for a hand"),
+        ((92, 190, -55, -85), "no room for a hand"),
+        ((5000, 5000, 55, 85), "outside the photograph of 256 x 256 px"),
+        ((10, 10, 5000, 85), "too large"),
+        ((10, float("nan"), 55, 85), "not finite"),
+    ],
+)
+def test_a_box_that_cuts_out_no_hand_is_refused(
+    exported: export.ExportResult, numbers: tuple[float, float, float, float], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        Hands(exported.folder).in_photo(procedural_pictures(1)[0], [Box(*numbers, right=True)])
+
+
+def test_the_hand_model_is_found_from_within_the_folder_and_missed_with_its_places(
+    exported: export.ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo, box = procedural_pictures(1)[0], Box(60, 70, 100, 130, right=True)
+    monkeypatch.chdir(exported.folder)
+    (hand,) = Hands(".").in_photo(photo, [box])
+    assert hand.vertices.shape[1] == 3
+    shutil.copytree(exported.folder, tmp_path / "alone")
+    with pytest.raises(FileNotFoundError, match=r"alone/hand_model\.npz or .*alone\.hand_model\.npz"):
+        Hands(tmp_path / "alone").in_photo(photo, [box])
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -134,7 +164,7 @@ def test_hands_in_photographs_are_those_that_predict_gives(
 ) -> None:
     photo = np.concatenate([procedural_pictures(1)[0]] * 2, axis=1)
     width, height = size
-    box, ours = HandBox(300, 70, width, height, right), Box(300, 70, 300 + width, 70 + height, right)
+    box, ours = HandBox(300, 70, width, height, right), Box(300, 70, width, height, right)
     network = Student.load(student)
     (wanted,) = HandPredictor(network, network.hand_model, sees_inner_columns=True)(photo, [box])
     (found,) = Hands(exported.folder).in_photo(photo, [ours])
@@ -165,7 +195,7 @@ SCRIPT = """
     photo = np.load({pictures!r})[0]
     from PIL import Image
     Image.fromarray(photo).save({photo!r})
-    (hand,) = Hands({export!r}, {hand!r}).in_photo({photo!r}, [Box(60, 70, 160, 200, right=False)])
+    (hand,) = Hands({export!r}, {hand!r}).in_photo({photo!r}, [Box(60, 70, 100, 130, right=False)])
     assert hand.vertices.shape[1] == 3 and np.isfinite(hand.vertices).all()
 """
 
