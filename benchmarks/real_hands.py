@@ -78,6 +78,16 @@ class RealHand:
         seen = self.label.keypoints_2d[self.label.keypoints_2d[:, 2] > 0, :2]
         return np.concatenate([seen.min(axis=0), seen.max(axis=0)]).astype(np.float64)
 
+    @property
+    def size_px(self) -> float:
+        """The tight box's longer side."""
+        return float((self.tight[2:] - self.tight[:2]).max())
+
+    @property
+    def sure(self) -> NDArray[np.bool_]:
+        """(21,) joints whose place is counted."""
+        return np.asarray(self.label.keypoints_2d[:, 2] > 0.5)
+
 
 def real_hands() -> list[RealHand]:
     """In the tars' order."""
@@ -104,10 +114,11 @@ def scores(name: str, hands: Sequence[RealHand], said: Sequence[PredictedHand]) 
 
 def _scores(pairs: Sequence[tuple[RealHand, PredictedHand]]) -> dict[str, float]:
     flat = np.stack([hand.label.keypoints_2d for hand, _ in pairs]).astype(np.float64)
+    sure = np.stack([hand.sure for hand, _ in pairs])
     pred = np.stack([one.joints_2d_px for _, one in pairs])
-    size_px = np.array([(hand.tight[2:] - hand.tight[:2]).max() for hand, _ in pairs])
+    size_px = np.array([hand.size_px for hand, _ in pairs])
     found = {
-        f"pck_{round(100 * limit):02d}": metrics.pck(pred, flat[..., :2], flat[..., 2] > 0.5, size_px, limit)
+        f"pck_{round(100 * limit):02d}": metrics.pck(pred, flat[..., :2], sure, size_px, limit)
         for limit in (0.05, 0.1, 0.15)
     }
     deep = np.stack([hand.label.keypoints_3d for hand, _ in pairs]).astype(np.float64)
@@ -135,19 +146,17 @@ def draw_worst(hands: Sequence[RealHand], said: Sequence[PredictedHand], path: P
 
 
 def _share_of_box(hand: RealHand, said: PredictedHand) -> float:
-    seen = hand.label.keypoints_2d[:, 2] > 0.5
-    if not seen.any():
+    if not hand.sure.any():
         return 0.0  # nobody knows where this hand's joints are
-    distance = np.linalg.norm(said.joints_2d_px - hand.label.keypoints_2d[:, :2], axis=1)[seen]
-    return float(distance.mean() / (hand.tight[2:] - hand.tight[:2]).max())
+    distance = np.linalg.norm(said.joints_2d_px - hand.label.keypoints_2d[:, :2], axis=1)[hand.sure]
+    return float(distance.mean() / hand.size_px)
 
 
 def _draw(axes: Axes, hand: RealHand, said: PredictedHand) -> None:
     left, top, right, bottom = hand.tight
     axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="#ddd", linewidth=1)
-    seen = hand.label.keypoints_2d[:, 2] > 0.5
     for number, (a, b) in enumerate(BONES):
-        if seen[[a, b]].all():
+        if hand.sure[[a, b]].all():
             axes.plot(*hand.label.keypoints_2d[[a, b], :2].T, color="#999", linewidth=3, solid_capstyle="round")
         axes.plot(*said.joints_2d_px[[a, b]].T, color=FINGER_COLOURS[number // 4], linewidth=1.4)
     axes.set_aspect("equal")
@@ -224,10 +233,10 @@ def report(arguments: argparse.Namespace) -> Row:
         predictor = load_predictor(name, config=arguments.config, mano_model=mano_model, rescale=1.0)
         said = [predictor(hand.picture, [hand.box])[0] for hand in hands]
         rows += scores("demo teacher" if name == str(TEACHER) else name, hands, said)
-        if number == 0 and arguments.worst is not None:
-            draw_worst(hands, said, arguments.worst)
         if number == 0:
             rows += mean_pose(hands, predictor.named.hand_model)
+            if arguments.worst is not None:
+                draw_worst(hands, said, arguments.worst)
     if arguments.detector is not None:
         rows += detections(arguments.detector, hands)
     return {

@@ -12,7 +12,7 @@ to neighbours, and while it trains each token also says which joints and which p
 says so is left out of the checkpoint.
 
 On a GPU one process trains and one a core prepares its batches. On a CPU it is one process of one thread a core: 64 to
-80 pictures a second on two cores with bfloat16 products, a tenth of that on two old ones without. Products are in
+80 pictures a second on two cores with bfloat16 products, 5 on two old ones without. Products are in
 bfloat16 where the machine has them; where a CPU has to imitate them they are twenty times as slow as in float32.
 """
 

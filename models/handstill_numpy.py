@@ -44,9 +44,9 @@ OPENPOSE_ORDER = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7
 
 MIN_SIDE_PX = 4.0
 """Of a box's longer side. A hand of fewer pixels shows nothing."""
-LARGEST_BOX = 4.0
-"""A box may be so many times as large as the photograph's longer side: in a larger one the hand would be a dot, and
-smoothing the photograph for it would take minutes."""
+LARGEST_SQUARE = 8.0
+"""The square that is cut out may be this many times as large as the photograph's longer side: in a larger one the hand
+would be a dot, and smoothing the photograph for it would take minutes."""
 
 _SUBPIXELS = 32
 _FINE = 1024
@@ -249,8 +249,9 @@ class Box:
     right: bool
     """A right hand."""
 
-    def check(self, width_px: int, height_px: int) -> None:
-        """Raise ValueError for a box that cuts no hand out of a photograph of this size."""
+    def check(self, width_px: int, height_px: int, square_px: float) -> None:
+        """Raise ValueError for a box that cuts no hand out of a photograph of this size. `square_px`: what a network
+        sees of it."""
         if not np.isfinite([self.x, self.y, self.width, self.height]).all():
             raise ValueError(f"{self}: found numbers that are not finite; want x, y, width and height in pixels")
         if min(self.width, self.height) <= 0 or max(self.width, self.height) < MIN_SIDE_PX:
@@ -260,10 +261,11 @@ class Box:
                 f"{self}: lies outside the photograph of {width_px} x {height_px} px; want x and y of the upper left "
                 "corner, in the photograph as it is shown upright"
             )
-        if max(self.width, self.height) > LARGEST_BOX * max(width_px, height_px):
+        largest = LARGEST_SQUARE * max(width_px, height_px)
+        if square_px > largest:
             raise ValueError(
-                f"{self}: too large for a photograph of {width_px} x {height_px} px; want at most {LARGEST_BOX:g} "
-                "times its longer side"
+                f"{self}: too large: asks for a square of {square_px:g} px of a photograph of {width_px} x {height_px} "
+                f"px; want one of {largest:g} px at most"
             )
 
 
@@ -344,10 +346,10 @@ class Hands:
     def in_photo(self, photo: str | Path | NDArray[np.uint8], boxes: Sequence[Box]) -> list[Hand]:
         """The hands in the boxes of a photograph: a file, turned upright as its EXIF says, or RGB (H,W,3)."""
         pixels = _decoded(photo) if isinstance(photo, str | Path) else photo
-        for box in boxes:
-            box.check(pixels.shape[1], pixels.shape[0])
         if not boxes:
             return []
+        for box in boxes:
+            box.check(pixels.shape[1], pixels.shape[0], self._square_px(box))
         cuts = [self._cut(pixels, box) for box in boxes]
         said = self(np.stack([cut.picture for cut in cuts]))
         if "vertices" not in said or self.layer is None:
@@ -358,13 +360,17 @@ class Hands:
         each = ({name: values[i] for name, values in said.items()} for i in range(len(boxes)))
         return [self._in_photo(*found, pixels.shape) for found in zip(boxes, cuts, each, strict=True)]
 
-    def _cut(self, photo: NDArray[np.uint8], box: Box) -> Crop:
+    def _square_px(self, box: Box) -> float:
+        """Side of the square around the box that the network sees, photo px."""
         rule = self.description["crop"]
         longer = max(box.width, box.height)
         if rule["widen_to"] is not None:
             longer = max(longer, box.width * rule["widen_to"][1] / rule["widen_to"][0])
+        return float(rule["of_tight_box"] * longer)
+
+    def _cut(self, photo: NDArray[np.uint8], box: Box) -> Crop:
         center = (box.x + box.width / 2, box.y + box.height / 2)
-        return crop(photo, center, rule["of_tight_box"] * longer, box.right, side_px=rule["side_px"])
+        return crop(photo, center, self._square_px(box), box.right, side_px=self.description["crop"]["side_px"])
 
     def _in_photo(self, box: Box, cut: Crop, said: dict[str, Array], shape: tuple[int, ...]) -> Hand:
         assert self.layer is not None
