@@ -27,6 +27,8 @@ HANDS_AT_ONCE = 8
 """Hands in one forward pass: bounds the memory, whatever a photograph shows."""
 RESCALE = 2.0
 """A tight box times this is what networks see, as in HaMeR's demo and for HInt."""
+DOT_SPAN = 0.05
+"""A hand whose joints take less of its square is no answer: even a finger that points at the camera takes more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,16 @@ class PredictedHand:
     def disagreement_px(self) -> float:
         """The farthest that a joint's projection lies from where the network put it in the picture."""
         return float(np.linalg.norm(self.projected_px - self.joints_2d_px, axis=1).max())
+
+    @property
+    def span(self) -> float:
+        """The longer side that the joints take in the picture, as a share of the square's; a hand takes about half."""
+        return float(np.ptp(self.joints_2d_px, axis=0).max()) / self.square_px[2]
+
+    @property
+    def is_dot(self) -> bool:
+        """Whether the network shrank the hand to next to nothing, as one does that does not know which way it points."""
+        return not self.span >= DOT_SPAN  # nan too
 
     @property
     def in_front(self) -> bool:

@@ -177,6 +177,15 @@ def _one(
         log.warning("%s", error)
         return {**about, "status": "failed", "error": str(error), "folder": None}
     found = document["hands_total"] if photo.is_video else len(document["hands"])
+    dots = document["dots_total"] if photo.is_video else sum(hand["is_dot"] for hand in document["hands"])
+    if dots:
+        log.warning(
+            "%s: %d of %d hands: the network shrank the hand to a dot, which is what one does that was trained too "
+            "little to know which way it points; its joints and mesh there are of no use",
+            photo.path,
+            dots,
+            found,
+        )
     told = {key: value for key, value in document.items() if key != "conventions"}
     return {**about, "status": "done" if found else "no-hands", "error": None, "folder": str(folder), **told}
 
@@ -244,10 +253,12 @@ def predict_text(document: Mapping[str, Any]) -> str:
     rows = [row for each in document["inputs"] for row in _rows(each)]
     lines = [
         f"network: {document['network']} ({document['backbone']}); hands from the {document['hands_from']}",
-        table(["file", "hand", "side", "score", "box (px)", "distance", "what"], rows),
+        table(["file", "hand", "side", "score", "box (px)", "distance", "mesh"], rows),
     ]
     counts = {status: sum(each["status"] == status for each in document["inputs"]) for status in _SAID}
-    lines.append(", ".join(f"{count} {_SAID[status]}" for status, count in counts.items() if count))
+    files = len(document["inputs"])
+    told = ", ".join(f"{count} {_SAID[status]}" for status, count in counts.items() if count)
+    lines.append(f"{files} {'file' if files == 1 else 'files'}: {told}")
     return "\n".join(lines)
 
 
@@ -272,4 +283,5 @@ def _row(name: str, index: int, hand: Mapping[str, Any], folder: str) -> list[ob
     box = " ".join(f"{number:.0f}" for number in hand["box"])
     distance = hand["camera"]["translation_m"][2]
     far = f"{distance:.1f} m" if hand["in_front"] and distance is not None else "behind the camera"
+    far = "a dot" if hand["is_dot"] else far
     return [name, index, side, score, box, far, f"{folder}/{hand['mesh']}"]

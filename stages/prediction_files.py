@@ -36,6 +36,8 @@ CONVENTIONS = {
     "mano": "axis-angle (radians) of MANO's right hand, absolute, no mean pose to be added; of a left hand's mirror"
     " image (x negated): negate y and z of each triple for the left hand itself",
     "mesh_files": "the camera's frame turned half round x, as viewers want it: x right, y up, z to the viewer; metres",
+    "span": "the longer side that joints_2d_px take over the square's; is_dot: so little of it that the network did not"
+    " see the hand",
     "box": "x, y of the upper left corner, width, height; photo_px. square: middle x, y and side that the network saw",
 }
 
@@ -64,6 +66,8 @@ def hand_document(hand: PredictedHand, mesh: str | None = None) -> dict[str, Any
         },
         "in_front": hand.in_front,
         "disagreement_px": _rounded(hand.disagreement_px, 3),
+        "span": _rounded(hand.span, 4),
+        "is_dot": hand.is_dot,
         "mesh": mesh,
     }
 
@@ -150,7 +154,7 @@ class VideoFiles:
         self._folder, self._rate = folder, frames_per_second
         self._lines = (folder / FRAMES).open("w", encoding="utf-8")
         self._overlay: cv2.VideoWriter | None = None
-        self.frames = self.frames_with_hands = self.hands = 0
+        self.frames = self.frames_with_hands = self.hands = self.dots = 0
 
     def add(self, hands: Sequence[PredictedHand], overlay: NDArray[np.uint8]) -> None:
         """The next frame."""
@@ -171,6 +175,7 @@ class VideoFiles:
         self.frames += 1
         self.frames_with_hands += bool(hands)
         self.hands += len(hands)
+        self.dots += sum(hand.is_dot for hand in hands)
 
     def close(self) -> None:
         """Finish both files."""
@@ -188,6 +193,7 @@ class VideoFiles:
             "frames": self.frames,
             "frames_with_hands": self.frames_with_hands,
             "hands_total": self.hands,
+            "dots_total": self.dots,
             "frames_file": FRAMES,
         }
         (self._folder / HANDS).write_bytes(canonical_json(document))

@@ -38,6 +38,8 @@ def test_the_camera_projects_the_joints_onto_the_2d_joints(predictor: HandPredic
         assert hand.in_front
         spread = np.ptp(hand.joints_2d_px, axis=0).max()
         assert spread > 0.1 * hand.square_px[2], "the hand is large enough to tell"
+        assert hand.span == spread / hand.square_px[2]
+        assert not hand.is_dot
         assert 0 < hand.disagreement_px < 0.01 * hand.square_px[2]
         assert np.abs(hand.joints_2d_px - hand.square_px[:2]).max() < hand.square_px[2]
 

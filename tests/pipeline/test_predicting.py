@@ -122,6 +122,22 @@ def test_python_gives_what_the_command_writes(student: Path, photos: Path, tmp_p
             load_predictor(student)(pixels, [wrong])
 
 
+def test_a_hand_that_is_shrunk_to_a_dot_is_called_one(student: Path, photos: Path, tmp_path: Path) -> None:
+    """What a network does that was trained too little: a camera scale of a hundredth of what a hand has."""
+    shrunk = Student.load(student)
+    with torch.no_grad():  # added to the 4 that HaMeR starts from
+        shrunk.mano_head.deccam.weight.zero_()
+        shrunk.mano_head.deccam.bias.copy_(torch.tensor([-3.97, 0.0, 0.0]))
+    shrunk.save(tmp_path / "shrunk")
+    answer = handstill("predict", photos / "a.jpg", "--network", tmp_path / "shrunk", "--box", BOX, "--out", tmp_path)
+    assert answer.code == 0
+    assert "a.jpg: 1 of 1 hands: the network shrank the hand to a dot" in answer.err
+    assert "a dot" in answer.out
+    written = json.loads((tmp_path / "a.jpg.hands/hands.json").read_text())["hands"][0]
+    assert written["is_dot"]
+    assert 0 < written["span"] < 0.05
+
+
 def test_hands_that_a_detector_finds(student: Path, photos: Path, tmp_path: Path, detector: list[HandBox]) -> None:
     detector.append(HandBox(60, 40, 80, 100, right=False, side_from="detector", score=0.875))
     Image.new("RGB", (64, 64)).save(photos / "black.png")
@@ -295,7 +311,7 @@ def test_a_table_for_a_person(student: Path, photos: Path, tmp_path: Path) -> No
     assert lines[0].endswith("(hamer); hands from the boxes")
     assert lines[3].split()[:7] == ["a.jpg", "0", "left", "60", "40", "80", "100"]
     assert "right (assumed)" in lines[4]
-    assert lines[-1] == "1 with hands"
+    assert lines[-1] == "1 file: 1 with hands"
 
 
 def test_a_full_disk_leaves_whole_folders_only(
