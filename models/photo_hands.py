@@ -77,7 +77,7 @@ class PredictedHand:
 
     @property
     def is_dot(self) -> bool:
-        """Whether the network shrank the hand to next to nothing, as one does that does not know which way it points."""
+        """Whether the network shrank the hand to next to nothing: it does not know which way the hand points."""
         return not self.span >= DOT_SPAN  # nan too
 
     @property

@@ -103,7 +103,7 @@ def compare_now(experiment: Experiment, *, promotes: bool = True) -> tuple[dict[
     alias = None if wanted is None else Alias(wanted.model or config.tracking.experiment, wanted.alias)
     before = None if alias is None else version_behind(target, alias)
     comparison = compare(target.uri, selection, config.compare, first_of=None if alias is None else alias.uri)
-    if promotes and alias is not None and comparison.passed:
+    if promotes and alias is not None:
         _promote(comparison, target, alias, before)
     report = experiment.workdir.report
     _write(comparison, report, target)
@@ -157,10 +157,12 @@ def _identities(states: list[EvaluationState]) -> frozenset[str]:
 
 
 def _promote(comparison: Comparison, target: TrackingTarget, alias: Any, before: str | None) -> None:
-    from pipeline.promoting import promote
+    from pipeline.promoting import promote, stays
 
     gate = comparison.document["gate"]
-    if gate["winner"] is None:
+    if not gate["passed"]:
+        gate["promoted"] = stays(alias, before)
+    elif gate["winner"] is None:
         sentence = "No single seed passes the gate by itself, only their mean does: nothing was registered."
         gate["promoted"] = {"model": alias.model, "alias": alias.alias, "version": None, "sentence": sentence}
     else:
@@ -179,7 +181,8 @@ def _write(comparison: Comparison, folder: Path, target: TrackingTarget) -> None
     (folder / IDENTITY).unlink(missing_ok=True)
     files = write_report(comparison, folder)
     document = comparison.document
-    identity = digest_of(json.loads((folder / COMPARISON_JSON).read_text(encoding="utf-8")))
+    said = json.loads((folder / COMPARISON_JSON).read_text(encoding="utf-8"))
+    identity = digest_of({"report_version": REPORT_VERSION, "comparison": said})
     scores, *_ = (folder / TABLE_MD).read_text(encoding="utf-8").partition("\n\n")
     tags = {
         "handstill.kind": "comparison",
@@ -188,7 +191,17 @@ def _write(comparison: Comparison, folder: Path, target: TrackingTarget) -> None
     }
     values = {"gate/passed": float(comparison.passed)} if document["gate"]["checks"] else {}
     keep_views(target, document)
-    log_files(target, f"comparison of {len(document['by_student'])} students", identity, tags, values, files)
+    log_files(target, _outcome(document), identity, tags, values, files)
+
+
+def _outcome(document: dict[str, Any]) -> str:
+    """The name of a comparison's run, by which one is told from the other in a list."""
+    from trainer.compare import best_of
+
+    count, gate = len(document["by_student"]), document["gate"]
+    who = "1 student" if count == 1 else f"{count} students"
+    verdict = f", gate {'passed' if gate['passed'] else 'failed'}" if gate["checks"] else ""
+    return f"comparison of {who}: {best_of(document) or 'none scored'}{verdict}"
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:

@@ -71,6 +71,12 @@ def promote(target: TrackingTarget, alias: Alias, winner: Mapping[str, Any], bef
     return {"model": alias.model, "alias": alias.alias, "version": version, "before": before, "sentence": sentence}
 
 
+def stays(alias: Alias, before: str | None) -> dict[str, Any]:
+    """What is said of an alias that the gate did not let anybody have."""
+    sentence = f"{alias.uri} stays {_told(before)}: nobody is registered who fails the gate."
+    return {"model": alias.model, "alias": alias.alias, "version": before, "before": before, "sentence": sentence}
+
+
 def _version_of(client: MlflowClient, model: str, winner: Mapping[str, Any]) -> str:
     """The winner's version of the model, made where there is none: one an identity."""
     made = client.search_model_versions(f"name = '{model}' and tags.`{IDENTITY}` = '{winner['identity']}'")

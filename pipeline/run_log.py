@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -195,11 +195,15 @@ def log_files(
     values: Mapping[str, float],
     files: Sequence[Path],
 ) -> str | None:
-    """Have a run of this identity with some values and files, once however often it is called; its id. None, and a
-    warning, where the store does not take it in time: the files stay where they are.
+    """Have a run of this identity with some values and files, once however often it is called; its id. A run that is
+    whole is left as it is, with the end that it had. None, and a warning, where the store does not take it in time:
+    the files stay where they are.
 
     files: those of one folder, which is the first one's; what lies deeper keeps its folder's name.
     """
+    with suppress(UnreachableError, RefusedError):  # what is wrong comes up again below, with more patience
+        if (whole := Tracker(target).run_of(identity, finished=True)) is not None:
+            return whole
     root = files[0].parent
     with tempfile.TemporaryDirectory() as spool:
         run = _open(Spool(Path(spool)), target, name, tags, None, identity)

@@ -168,10 +168,14 @@ class Tracker:
             raise RefusedError(f"its experiment {name!r} was deleted; restore it, or name another: tracking.experiment")
         return str(found.experiment_id)
 
-    def run_of(self, spool: str) -> str | None:
-        """The run of that spool; None where the store has none, or where somebody deleted it."""
+    def run_of(self, spool: str, *, finished: bool = False) -> str | None:
+        """The run of that spool; None where the store has none, or where somebody deleted it.
+
+        finished: only one that said its end, which is the last that is delivered.
+        """
+        which = f"tags.`{SPOOL_TAG}` = '{spool}'" + (" and attributes.status = 'FINISHED'" if finished else "")
         with _in_our_words():
-            found = self._client.search_runs([self._experiment], f"tags.`{SPOOL_TAG}` = '{spool}'", max_results=1)
+            found = self._client.search_runs([self._experiment], which, max_results=1)
         return str(found[0].info.run_id) if found else None
 
     def has(self, run_id: str) -> bool:

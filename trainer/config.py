@@ -13,7 +13,7 @@ TRAINING_VERSION = 1
 """Part of every student's identity: raise it when the same recipe on the same snapshot would learn differently."""
 SCORING_VERSION = 2
 """Part of every evaluation's identity: raise it when the same answers would score differently."""
-REPORT_VERSION = 4
+REPORT_VERSION = 5
 """Raise it when the same scores would be shown differently."""
 
 

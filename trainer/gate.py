@@ -72,6 +72,21 @@ class Judge:
             found.append(self._against_baseline(name, group, value, self.baseline))
         return found
 
+    def caveat(self, name: str, group: Group) -> str | None:
+        """What whoever reads that a student passed must know: that an answer without looking would do as well.
+
+        None: it is better than the mean pose, or nobody knows, or it is the gate itself that asks.
+        """
+        gate, value = self.gate, mean_score(group, self.gate)
+        mean_pose = self.mean_pose.get(gate.dataset, {}).get(gate.metric)
+        if gate.better_than_mean_pose or value is None or mean_pose is None or better(gate.metric, value, mean_pose):
+            return None
+        return (
+            f"Beware: {name} ({_amount(gate, value)}) is no better than answering the mean pose to every picture "
+            f"({_amount(gate, mean_pose)} {_title(gate)}), so it is of no use yet, whomever it beats; "
+            "compare.gate.better_than_mean_pose makes the gate ask for that."
+        )
+
     def _limits(self) -> Iterator[tuple[str, float, bool]]:
         """Name, value, and whether being equal to it is good enough, of each limit that the gate sets."""
         gate = self.gate
@@ -182,12 +197,14 @@ def gate_document(judge: Judge, groups: Mapping[str, Group]) -> Document:
     judged = gate.students or ranked[:1]
     checks = [check for name in judged for check in judge.checks(name, groups[name])]
     passed = all(check["passed"] for check in checks)
+    caveats = [caveat for name in judged if (caveat := judge.caveat(name, groups[name])) is not None]
     return {
         "passed": passed,
         "metric": gate.metric,
         "dataset": gate.dataset,
         "checks": checks,
-        "sentences": [*first, *(check["sentence"] for check in checks)],
+        "caveats": caveats,
+        "sentences": [*first, *(check["sentence"] for check in checks), *caveats],
         "winner": _winner(judge, [name for name in ranked if name in judged], groups) if passed else None,
     }
 
@@ -199,15 +216,17 @@ def _winner(judge: Judge, ranked: Sequence[str], groups: Mapping[str, Group]) ->
         scored = [(mean_score([run], judge.gate), run) for run in groups[name]]
         known = sorted(((value, run) for value, run in scored if value is not None), key=lambda each: sign * each[0])
         for value, run in known:
-            checks = judge.checks(f"{name} (seed {run.seed})", [run])
+            which = f"{name} (seed {run.seed})"
+            checks = judge.checks(which, [run])
             if all(check["passed"] for check in checks):
+                caveat = judge.caveat(which, [run])
                 return {
                     "student": name,
                     "seed": run.seed,
                     "run_id": run.run_id,
                     "identity": run.identity,
                     "value": value,
-                    "sentences": [check["sentence"] for check in checks],
+                    "sentences": [*(check["sentence"] for check in checks), *([caveat] if caveat else [])],
                 }
     return None
 
@@ -238,9 +257,11 @@ def _title(gate: GateConfig) -> str:
 
 def _limit_sentence(name: str, gate: GateConfig, value: float, what: str, limit: float, passed: bool) -> str:
     of = {"limit": "the limit", "teacher_ratio": f"{gate.teacher_ratio:g} times the teacher's" if gate.teacher_ratio
-          else "", "better_than_mean_pose": "the mean pose's"}[what]  # fmt: skip
-    verdict = "passes" if passed else f"fails, {_amount(gate, abs(value - limit))} from"
-    return f"{name} has {_amount(gate, value)} {_title(gate)} and {verdict} {of} ({_amount(gate, limit)})."
+          else "", "better_than_mean_pose": "the mean pose"}[what]  # fmt: skip
+    worse = (value - limit) * _worse_is(gate.metric)
+    by = f"{_amount(gate, abs(worse))} {'worse' if worse > 0 else 'better'} than" if worse else "just"
+    verdict = "passes" if passed else "fails"
+    return f"{name} has {_amount(gate, value)} {_title(gate)}, {by} {of} ({_amount(gate, limit)}): {verdict}."
 
 
 def _baseline_sentence(

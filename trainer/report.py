@@ -41,11 +41,13 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
             old.unlink()
     document, notes = comparison.document, tables.warnings(comparison.document)
     files: dict[str, str] = {}
+    short = tables.of_one_set(document)
     for name, rows in _tables(document).items():
         said = "".join(f"\n{line}\n" for line in [*document["gate"]["sentences"], *notes]) if name == "table" else ""
-        files[f"{name}.md"] = tables.as_markdown(rows) + said
+        printed = short if name == "table" and short is not None else rows
+        files[f"{name}.md"] = tables.as_markdown(printed) + said
         files[f"{name}.csv"] = tables.as_csv(rows)
-        files[f"{name}.tex"] = tables.as_latex(rows)
+        files[f"{name}.tex"] = tables.as_latex(printed)
     drawn = {name: (figures.as_svg(figure), caption) for name, figure, caption in _figures(comparison)}
     files |= {f"{FIGURES}/{name}.svg": svg for name, (svg, _) in drawn.items()}
     files[COMPARISON_JSON] = json.dumps(document, indent=1)
@@ -84,11 +86,9 @@ def _figures(comparison: Comparison) -> Iterator[tuple[str, Figure, str]]:
         pairs = [p for p in document["paired"] if p["dataset"] == dataset and p["difference"] is not None]
         among = [p for p in pairs if p["baseline"] != "teacher"]
         if among:
-            caption = "Thick: 95% over samples. Thin: 95% over seeds. Hollow: not at equal budget."
-            yield f"differences-{dataset}", figures.forest(among), caption
+            yield f"differences-{dataset}", figures.forest(among), _forest_caption(among)
     if any(points for seeds in comparison.curves.values() for points in seeds.values()):
-        caption = "Validation error while training: the mean over seeds, and their range."
-        yield "learning-curves", figures.learning_curves(comparison.curves, looks), caption
+        yield "learning-curves", figures.learning_curves(comparison.curves, looks), _curves_caption(comparison.curves)
     for joints in document["by_joint"]:
         caption = f"Error by joint on {joints['dataset']}, aligned as for PA-MPJPE; means over samples and seeds."
         yield f"joints-{joints['dataset']}", figures.joint_errors(joints, looks), caption
@@ -113,7 +113,7 @@ def _html(comparison: Comparison, drawn: Mapping[str, tuple[str, str]], notes: S
         ("scores", "Scores", _scores_html(document, notes)),
         ("speed", "Accuracy, speed, size", shown("trade-off-")),
         ("strategies", "Strategies against each other", shown("differences-") + _pairs_html(among)),
-        ("teacher", "Students against the teacher", _pairs_html(against)),
+        ("teacher", "Students against the teacher", _pairs_html(against, told=bool(among))),
         ("learning", "Learning curves", shown("learning-curves")),
         ("where", "Where the errors are", shown("joints-", "difficulty-")),
         ("pictures", "Worst and best", cases_html(comparison.cases)),
@@ -138,8 +138,10 @@ def _gate_html(gate: Document) -> str:
         f"<li class={'passed' if check['passed'] else 'failed'}>{html.escape(check['sentence'])}</li>"
         for check in gate["checks"]
     ]
-    end = paragraph(gate["promoted"]["sentence"]) if "promoted" in gate else ""
-    apart = [*(check["sentence"] for check in gate["checks"]), gate.get("promoted", {}).get("sentence")]
+    end = "".join(f"<p class=warning>{html.escape(line)}</p>" for line in gate["caveats"])
+    end += paragraph(gate["promoted"]["sentence"]) if "promoted" in gate else ""
+    checked = (check["sentence"] for check in gate["checks"])
+    apart = [*checked, *gate["caveats"], gate.get("promoted", {}).get("sentence")]
     first = "".join(paragraph(line) for line in gate["sentences"] if line not in apart)
     return f"<p class='verdict {word}'>The gate is {word}.</p>{first}<ul>{''.join(lines)}</ul>{end}"
 
@@ -148,13 +150,23 @@ def _scores_html(document: Document, notes: Sequence[str]) -> str:
     warned = "".join(f"<p class=warning>{html.escape(line)}</p>" for line in notes)
     machines = document["machines"]
     where = paragraph(f"Speeds: {machines[0]}.") if len(machines) == 1 else ""
-    return table_html(tables.scores(document), apart=2) + warned + paragraph(SECTION_NOTES["scores"]) + where
+    return (
+        table_html(tables.scores(document), apart=2, grouped=True) + warned + paragraph(SECTION_NOTES["scores"]) + where
+    )
 
 
-def _pairs_html(pairs: Sequence[Document]) -> str:
+def _pairs_html(pairs: Sequence[Document], *, told: bool = False) -> str:
+    """told: what the columns mean was said of an earlier table."""
     if not pairs:
         return ""
-    return table_html(tables.differences(pairs), apart=0, left=4) + paragraph(SECTION_NOTES["pairs"])
+    seeds = SECTION_NOTES["pairs-seeds" if _over_seeds(pairs) else "pairs-one-seed"]
+    note = "As above: student minus teacher." if told else f"{SECTION_NOTES['pairs']} {seeds}"
+    return table_html(tables.differences(pairs), apart=0, left=4) + paragraph(note)
+
+
+def _over_seeds(pairs: Sequence[Document]) -> bool:
+    """Whether some pair has an interval over seeds."""
+    return any(pair["over_seeds"] is not None and pair["over_seeds"]["low"] is not None for pair in pairs)
 
 
 def _cost_html(document: Document) -> str:
@@ -185,4 +197,33 @@ def _caption(document: Document, dataset: str, metric: str) -> str:
     best = ", ".join(document["pareto"].get(dataset, []))
     title = METRIC_TITLES[metric]  # type: ignore[index]  # one of the known
     key = "colours are strategies, shapes backbones, areas grow with parameters"
-    return f"{title} on {dataset} against speed; {key}. On the line, beaten by nobody in both: {best}."
+    speed = "Students of one network share the mean of their speeds, which differ by noise only"
+    return f"{title} on {dataset} against speed; {key}. {speed}. On the line, beaten by nobody in both: {best}."
+
+
+def _forest_caption(pairs: Sequence[Document]) -> str:
+    seeds = (
+        "Thin: 95% over seeds."
+        if _over_seeds(pairs)
+        else "Whether training again would show the same cannot be told from one seed."
+    )
+    hollow = "" if all(pair["equal_budget"] for pair in pairs) else " Hollow: not at equal budget."
+    return f"Thick: 95% over samples. {seeds}{hollow}"
+
+
+def _curves_caption(curves: figures.Curves) -> str:
+    """What the curves are, and who was getting worse at the end."""
+    many = any(len(seeds) > 1 for seeds in curves.values())
+    rising = []
+    for name, seeds in curves.items():
+        for points in (sorted(points) for points in seeds.values() if points):
+            if points[-1][1] > min(value for _, value in points) and name not in rising:
+                rising.append(name)
+    what = "the mean over seeds, and their range" if many else "one seed"
+    ends = (
+        f" After their lowest point these got worse again: {', '.join(rising)}. The weights of the lowest point are "
+        "kept and scored."
+        if rising
+        else ""
+    )
+    return f"Validation error while training: {what}.{ends}"

@@ -19,6 +19,8 @@ from trainer.showcase import Case
 
 _TILE_PX = 192
 _QUALITY = 82
+_MAX_COLUMNS = 8
+"""Pictures beside each other on a page; more are shared out among rows of about the same length."""
 _LABEL, _TEACHER, _STUDENT = (40, 220, 90), (80, 170, 255), (255, 70, 60)
 _MIN_CONFIDENCE = 0.5
 """Labels below it are not drawn; as scores count them (trainer.scores)."""
@@ -59,11 +61,13 @@ def sheet_png(case: Case) -> bytes:
 
 
 def _case(case: Case) -> str:
-    tiles = "".join(
+    tiles = [
         f'<figure><img alt="" src="{_data_url(tile)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
         for caption, tile in _tiles(case)
-    )
-    return f"<p class=caseid>{html.escape(case.sample_id)}</p><div class=case>{tiles}</div>"
+    ]
+    rows = math.ceil(len(tiles) / _MAX_COLUMNS)
+    grid = f'<div class=case style="--columns:{math.ceil(len(tiles) / rows)}">{"".join(tiles)}</div>'
+    return f"<p class=caseid>{html.escape(case.sample_id)}</p>{grid}"
 
 
 def _tiles(case: Case) -> list[tuple[str, Image.Image]]:

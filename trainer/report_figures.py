@@ -46,13 +46,14 @@ def trade_off(document: Document, dataset: str, metric: str) -> Figure:
     points: dict[str, _Point] = {}
     for each in (teacher, *groups):
         value = each["metrics"].get(dataset, {}).get(metric)
-        if value is not None and each["fps"]:
-            points[each["name"]] = point = _Point(each["fps"], value, 40 + 40 * (each["params_m"] or 0) ** 0.5)
+        if value is not None and each["speed"]:
+            points[each["name"]] = point = _Point(each["speed"], value, 40 + 40 * (each["params_m"] or 0) ** 0.5)
             axes.scatter(point.fps, point.value, s=point.area, **_look(each, backbones))
     front = [points[name] for name in document["pareto"].get(dataset, []) if name in points]
     axes.plot([p.fps for p in front], [p.value for p in front], color=_GREY, linewidth=1.2, zorder=1)
     _speed_axis(axes, [point.fps for point in points.values()])
-    axes.set_ylabel(f"{METRIC_TITLES[metric]}, {dataset}")  # type: ignore[index]  # one of the known
+    which = "lower" if metric.endswith("_mm") else "higher"
+    axes.set_ylabel(f"{METRIC_TITLES[metric]}, {dataset} ({which} is better)")  # type: ignore[index]  # one of the known
     _mean_pose(axes, teacher["mean_pose"].get(dataset, {}).get(metric))
     _legend(axes, groups, backbones)
     few = len(points) <= _ALL_NAMED
@@ -104,7 +105,7 @@ def _speed_axis(axes: Axes, speeds: Sequence[float]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.set_xlim(left=0)
-    axes.set_xlabel("pictures a second, one at a time")
+    axes.set_xlabel("pictures a second, one at a time (higher is better)")
 
 
 def _lettering(name: str) -> str:
@@ -200,7 +201,7 @@ def forest(pairs: Sequence[Document]) -> Figure:
     axes.set_yticks(range(len(pairs)), names, fontsize=8)
     axes.set_ylim(-0.6, len(pairs) - 0.4)
     metric = METRIC_TITLES.get(pairs[0]["metric"], pairs[0]["metric"])
-    axes.set_xlabel(f"difference in {metric} on {pairs[0]['dataset']}")
+    axes.set_xlabel(f"difference in {metric} on {pairs[0]['dataset']}; left of 0 the first is better")
     return figure
 
 

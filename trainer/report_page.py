@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from itertools import groupby
 
 from trainer.report_tables import Rows
 
@@ -16,33 +17,37 @@ color:#1b1f24;background:#fff}
 h1{font-size:1.6rem;line-height:1.25;margin:.5rem 0 0;overflow-wrap:anywhere}
 h2{font-size:1.25rem;margin:2.6rem 0 .6rem}
 h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
+th.over{text-align:center;position:static!important;border-bottom:2px solid #d8dee4} th.over:empty{border-bottom:0}
 .subtitle,figcaption,.note{color:#4a5460;font-size:.9rem} .subtitle{margin:.2rem 0 1rem}
 nav{font-size:.9rem;display:flex;flex-wrap:wrap;gap:.3rem 1rem;border-block:1px solid #d8dee4;padding:.5rem 0}
 a{color:#0b5cad}
 .wide{overflow-x:auto;-webkit-overflow-scrolling:touch;margin:.8rem 0}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
-td,th{padding:.32rem .7rem;border-bottom:1px solid #d8dee4;text-align:right;white-space:nowrap;vertical-align:top}
-th{text-align:right;vertical-align:bottom;white-space:normal;min-width:4.5rem;color:#4a5460;font-weight:600}
+td,th{padding:.32rem .45rem;border-bottom:1px solid #d8dee4;text-align:right;white-space:nowrap;vertical-align:top}
+th{text-align:right;vertical-align:bottom;white-space:normal;min-width:3rem;color:#4a5460;font-weight:600}
 td.l,th.l{text-align:left} td.l:last-child{white-space:normal;min-width:11rem}
 td:first-child,th:first-child{position:sticky;left:0;background:#fff;border-right:1px solid #d8dee4}
 tr.apart td,tr.apart td:first-child{background:#f3f5f7}
 .passed{color:#116329} .failed{color:#a40e26} .verdict{font-weight:600;font-size:1.1rem}
 .warning{background:#fff6dd;border-left:4px solid #b7791f;padding:.5rem .8rem;margin:.6rem 0}
 figure{margin:1.2rem 0} figure .wide>svg{display:block;width:100%;max-width:52rem;min-width:34rem;height:auto}
-.case{display:flex;flex-wrap:wrap;gap:.5rem;margin:.5rem 0 1.2rem} .case figure{margin:0;width:9.4rem}
+.case{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,9.4rem));gap:.5rem;margin:.5rem 0 1.2rem}
+.case figure{margin:0}
 .case img{width:100%;height:auto;display:block;border-radius:3px} .case figcaption{font-size:.78rem;line-height:1.3}
 .caseid{font-size:.82rem;color:#4a5460;overflow-wrap:anywhere;margin:.8rem 0 0}
 img{max-width:100%} details{margin:.3rem 0} summary{cursor:pointer}
 pre{background:#f3f5f7;padding:.7rem;overflow-x:auto;font-size:.8rem;margin:.3rem 0;white-space:pre-wrap;
 overflow-wrap:anywhere}
-@media(max-width:40rem){body{padding:1rem .8rem 3rem} td,th{padding:.3rem .5rem} .case figure{width:calc(50% - .25rem)}}
+@media(max-width:40rem){body{padding:1rem .8rem 3rem} td,th{padding:.3rem .5rem} .case{grid-template-columns:1fr 1fr}}
 @media print{nav,summary{display:none} .wide{overflow:visible} body{max-width:none}}
 """
 SECTION_NOTES = {
     "scores": "Means over seeds ± standard deviation. fps: pictures a second, one at a time, at the median.",
     "pairs": "On the same samples, student minus the other: below 0 mm the student is better. Over samples: bootstrap, "
-    "resampled by picture, of the mean over seeds; whether these weights differ. Over seeds: Student's t of the seeds' "
-    "differences; whether training again would show the same. Each interval holds alone, not all of them together.",
+    "resampled by picture, of the mean over seeds; whether these weights differ. Each interval holds alone, not all of "
+    "them together.",
+    "pairs-seeds": "Over seeds: Student's t of the seeds' differences; whether training again would show the same.",
+    "pairs-one-seed": "Whether training again would show the same cannot be told from one seed (`train.seeds`).",
     "cost": "Training only. Hours are those in which the run was at work, pauses and deaths between not counted; "
     "CPU-hours are of the process that reported, times the workers.",
     "again": "For a shell, in a clone of handstill. The caches are made again where they are not there; digests in the "
@@ -68,10 +73,11 @@ def section(anchor: str, heading: str, inner: str) -> str:
     return f"<section id={anchor}><h2>{html.escape(heading)}</h2>{inner}</section>"
 
 
-def table_html(rows: Rows, *, apart: int = 0, left: int = 2) -> str:
+def table_html(rows: Rows, *, apart: int = 0, left: int = 2, grouped: bool = False) -> str:
     """A table that scrolls sideways by itself, without its empty columns.
 
-    apart: so many rows (the teacher's, the mean pose's) stand out; left: so many columns hold words.
+    apart: so many rows (the teacher's, the mean pose's) stand out; left: so many columns hold words; grouped: what
+    stands before a colon in headers beside each other is set over them once.
     """
     rows = [[row[at] for at in _filled(rows)] for row in rows]
 
@@ -86,7 +92,17 @@ def table_html(rows: Rows, *, apart: int = 0, left: int = 2) -> str:
         f"<tr{' class=apart' if at < apart and row[0] in ('teacher', 'mean pose') else ''}>{line('td', row)}</tr>"
         for at, row in enumerate(rows[1:])
     )
-    return f"<div class=wide><table><thead><tr>{line('th', rows[0])}</tr></thead><tbody>{body}</tbody></table></div>"
+    over, header = _over(rows[0]) if grouped else ("", rows[0])
+    head = f"{over}<tr>{line('th', header)}</tr>"
+    return f"<div class=wide><table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
+
+
+def _over(header: Sequence[str]) -> tuple[str, list[str]]:
+    """The row over the headers, with what they begin with, and what is left of them."""
+    parts = [title.rpartition(": ")[::2] for title in header]
+    groups = [(name, len(list(same))) for name, same in groupby(parts, key=lambda part: part[0])]
+    cells = "".join(f"<th class=over colspan={count}>{html.escape(name)}</th>" for name, count in groups)
+    return f"<tr>{cells}</tr>", [title for _, title in parts]
 
 
 def _filled(rows: Rows) -> list[int]:

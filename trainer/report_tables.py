@@ -32,6 +32,15 @@ def scores(document: Document) -> Rows:
     return [header, *lines]
 
 
+def of_one_set(document: Document) -> Rows | None:
+    """`scores` with the data set's name once, where there is one only: in a print every header would begin with it."""
+    sets, rows = scored_sets(document), scores(document)
+    if len(sets) != 1:
+        return None
+    header = [title.removeprefix(f"{sets[0]}: ") for title in rows[0]]
+    return [[f"{header[0]}, on {sets[0]}", *header[1:]], *rows[1:]]
+
+
 def differences(paired: Sequence[Document]) -> Rows:
     """Pairs on the same samples, with both intervals and whether the budgets are equal, which the teacher has none to
     be equal to."""

@@ -107,8 +107,14 @@ def test_other_experiments_are_compared_without_a_configuration(store: Store, tm
     assert [(each["name"], each["seed"]) for each in few["students"]] == [("a-none", 1)]
     kinds = store.client.search_runs([store.experiments["exp"]], "tags.`handstill.kind` = 'comparison'")
     assert len(kinds) == 2
+    assert {run.info.run_name for run in kinds} == {
+        "comparison of 3 students: b-none 8 mm PA-MPJPE",
+        "comparison of 1 student: a-none 9 mm PA-MPJPE",
+    }
+    ends = {run.info.run_id: run.info.end_time for run in kinds}
     compared(tmp_path, *where)
-    assert len(store.client.search_runs([store.experiments["exp"]], "tags.`handstill.kind` = 'comparison'")) == 2
+    again = store.client.search_runs([store.experiments["exp"]], "tags.`handstill.kind` = 'comparison'")
+    assert {run.info.run_id: run.info.end_time for run in again} == ends, "its run is not begun again"
     tags = store.client.get_experiment(store.experiments["exp"]).tags
     assert tags["mlflow.experimentKind"] == "custom_model_development"
     view = json.loads(tags["mlflow.sharedViewState.handstill-scores"])
@@ -157,11 +163,12 @@ def test_the_winner_of_a_real_run_is_promoted_by_compare_and_not_by_run(lab: Lab
     answer = handstill("compare", "-c", lab.config)
     assert answer.code == 1
     assert "gate: FAILED" in answer.out
+    assert "models:/tiny@champion stays version 1: nobody is registered who fails the gate." in answer.out
     assert version_behind(target, Alias("tiny", "champion")) == "1"
     client = MlflowClient(tracking_uri=target.uri)
     (version,) = client.search_model_versions("name = 'tiny'")
     assert version.tags["handstill.kind"] == "student"
-    assert "passes the limit" in version.description
+    assert "better than the limit" in version.description
     report = (lab.workdir / "report" / "report.html").read_text()
     assert "The gate is failed." in report
     assert "mlflow artifacts download -r" in report, "each run says how to have it again"

@@ -112,9 +112,45 @@ def test_the_report_stands_alone(store: Store, comparison: Comparison, tmp_path:
     assert (tmp_path / "report.html").read_text() == before
 
 
+def test_what_one_seed_cannot_tell_is_said_and_not_drawn(store: Store, comparison: Comparison, tmp_path: Path) -> None:
+    one = compare(store.uri, Selection(("exp",), "tags.`handstill.seed` = '0'"), CompareConfig(bootstrap=100))
+    rising: dict[str, dict[int | None, list[tuple[int, float]]]]
+    rising = {"small-none": {0: [(50, 9.0), (100, 9.5)]}, "big-none": {0: [(50, 9.0), (100, 8.0)]}}
+    write_report(Comparison(one.document, rising, {}), tmp_path / "one")
+    page = (tmp_path / "one/report.html").read_text()
+    assert "cannot be told from one seed" in page
+    assert "Thin: 95% over seeds" not in page
+    assert "After their lowest point these got worse again: small-none. The weights" in page
+    write_report(comparison, tmp_path / "two")
+    page = (tmp_path / "two/report.html").read_text()
+    assert "Thin: 95% over seeds" in page
+    assert "cannot be told from one seed" not in page
+    assert page.count("Student&#x27;s t of the seeds' differences") == 1, "said of the first table only"
+
+
+def test_the_one_data_set_is_named_once(comparison: Comparison, tmp_path: Path) -> None:
+    write_report(comparison, tmp_path)
+    header = "| student, on val | strategy | M params | fps | seeds | PA-MPJPE, mm | F@5 |"
+    assert (tmp_path / "table.md").read_text().startswith(header)
+    assert (tmp_path / "table.csv").read_text().startswith('student,strategy,M params,fps,seeds,"val: PA-MPJPE, mm"')
+    page = (tmp_path / "report.html").read_text()
+    assert "<th class=over colspan=5></th><th class=over colspan=2>val</th>" in page
+
+
+def test_students_of_one_network_share_the_mean_of_their_speeds(tmp_path: Path) -> None:
+    """What their measurements differ by is noise, and must not decide who is beaten by nobody."""
+    store = Store(tmp_path)
+    for name, error, fps in (("a-none", 9.0, 60.0), ("a-hybrid", 8.0, 40.0), ("b-none", 10.0, 70.0)):
+        store.client.log_metric(student(store, name, 0, error), "fps", fps)
+    document = compare(store.uri, EXP, CompareConfig(bootstrap=100)).document
+    speeds = {group["name"]: (group["fps"], group["speed"]) for group in document["by_student"]}
+    assert speeds == {"a-none": (60.0, 50.0), "a-hybrid": (40.0, 50.0), "b-none": (70.0, 70.0)}
+    assert document["pareto"] == {"val": ["b-none", "a-hybrid"]}
+
+
 def test_nobody_beats_those_on_the_front_in_speed_and_in_accuracy() -> None:
     def group(name: str, fps: float | None, error: float, score: float) -> dict[str, Any]:
-        return {"name": name, "fps": fps, "metrics": {"val": {"pa_mpjpe_mm": error}, "hint": {"pck_05": score}}}
+        return {"name": name, "speed": fps, "metrics": {"val": {"pa_mpjpe_mm": error}, "hint": {"pck_05": score}}}
 
     groups = [
         group("fast", 90.0, 12.0, 0.6),
@@ -123,7 +159,7 @@ def test_nobody_beats_those_on_the_front_in_speed_and_in_accuracy() -> None:
         group("good", 30.0, 8.0, 0.9),
         group("never timed", None, 1.0, 1.0),
     ]
-    teacher = {"fps": 2.0, "metrics": {"val": {"pa_mpjpe_mm": 7.0}}}
+    teacher = {"speed": 2.0, "metrics": {"val": {"pa_mpjpe_mm": 7.0}}}
     front = pareto(groups, teacher)
     assert front == {"val": ["fast", "good", "teacher"], "hint": ["fast", "good"]}
 

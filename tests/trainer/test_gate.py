@@ -172,7 +172,24 @@ def test_the_winner_is_a_seed_that_passes_by_itself(tmp_path: Path) -> None:
     found = gate_of(store, limit=8.0)
     assert found["checks"][0]["value"] == 8.0
     assert (found["winner"]["seed"], found["winner"]["run_id"], found["winner"]["value"]) == (1, best, 7.0)
-    assert "7 mm PA-MPJPE on val and passes the limit (8 mm)" in found["winner"]["sentences"][0]
+    assert "7 mm PA-MPJPE on val, 1 mm better than the limit (8 mm): passes." in found["winner"]["sentences"][0]
+
+
+def test_whoever_passes_below_the_mean_pose_is_said_to_be_of_no_use(tmp_path: Path) -> None:
+    """A baseline can be worse still, and a version of the registry must not look better than it is."""
+    store = Store(tmp_path)
+    for name, error in (("bad-none", 24.0), ("less-bad-hybrid", 21.0)):
+        student(store, name, 0, error, error + NOISE - NOISE.mean())
+    store.add({"kind": "teacher"}, {"val/pa_mpjpe_mm": 6.0, "mean_pose/val/pa_mpjpe_mm": 20.0}, {})
+    found = gate_of(store, baseline="bad-none")
+    (caveat,) = found["caveats"]
+    assert (found["passed"], found["winner"]["student"]) == (True, "less-bad-hybrid")
+    assert caveat.startswith("Beware: less-bad-hybrid (21 mm) is no better than answering the mean pose to every")
+    assert found["sentences"][-1] == caveat
+    assert found["winner"]["sentences"][-1].startswith("Beware: less-bad-hybrid (seed 0)")
+    asked = gate_of(store, baseline="bad-none", better_than_mean_pose=True)
+    assert (asked["passed"], asked["caveats"]) == (False, [])
+    assert asked["sentences"][0].endswith("1 mm worse than the mean pose (20 mm): fails.")
 
 
 @pytest.mark.parametrize(
