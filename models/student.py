@@ -124,8 +124,10 @@ class Student(nn.Module):
             return load_fast_hamer(folder)[0]
         absent = [name for name in (_SPEC_FILE, _WEIGHTS_FILE, HAND_FILE) if not (folder / name).is_file()]
         if absent:
-            wanted = "a folder students/<name>/seed-<n>/<identity>/student"
-            raise InputError(f"{folder}: no student: {', '.join(absent)} missing. Wanted {wanted}.")
+            wanted = "Wanted a folder students/<name>/seed-<n>/<identity>/student, as training leaves it"
+            if (folder / "preprocessing.json").is_file():
+                wanted += "; this is an export, which its own handstill_numpy.py runs"
+            raise InputError(f"{folder}: no student: {', '.join(absent)} missing. {wanted}.")
         try:
             stored = _StoredSpec.model_validate_json((folder / _SPEC_FILE).read_bytes())
             weights = read_checkpoint(folder / _WEIGHTS_FILE)

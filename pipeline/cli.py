@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -72,6 +73,14 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(self.format_usage(), f"{self.prog}: error: {message}")
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        _say(f"handstill {version('handstill')}")
+        parser.exit()
+
+
 def _misused(error: UsageError, *, in_json: bool) -> int:
     usage, message = error.args
     _say(f"{usage}{message}", sys.stderr)
@@ -107,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Offline distillation of HaMeR into small 3D hand mesh networks.",
         parents=[_global_options()],
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.set_defaults(config=Path("pipeline.yaml"), json=False, verbose=False, log_format="text")
     parser.set_defaults(afterwards=_GO_ON, about={})  # of the command, for `main`
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")

@@ -17,7 +17,7 @@ from pipeline.evaluating import EvaluationState, evaluation_states
 from pipeline.events import append_event
 from pipeline.experiment import Experiment
 from pipeline.loading import load_config
-from pipeline.plan import Reason, StagePlan, StageResult
+from pipeline.plan import StagePlan, StageResult
 from pipeline.tables import bytes_below, where_things_are
 from storage.durable import canonical_json, write_bytes_atomic
 from storage.errors import InputError
@@ -63,8 +63,36 @@ def plan_compare(experiment: Experiment) -> StagePlan:
     made = experiment.workdir.report / IDENTITY
     if identity is not None and made.is_file() and made.read_bytes() == canonical_json(identity):
         return StagePlan(total=1, todo=0, unit="report")
-    reason: Reason = "changed" if made.is_file() else "new"
-    return StagePlan(1, 1, "report", {reason: 1}, why=(f"{reason}: the report",), estimated=identity is None)
+    if not made.is_file():
+        return StagePlan(1, 1, "report", {"new": 1}, why=("new: the report",), estimated=identity is None)
+    why = f"changed: the report, which {_other_than(made, experiment, identity)}"
+    return StagePlan(1, 1, "report", {"changed": 1}, why=(why,), estimated=identity is None)
+
+
+def _other_than(made: Path, experiment: Experiment, identity: dict[str, Any] | None) -> str:
+    """In what the report that is there differs from the one that is wanted, whose identity is None until all have
+    scores."""
+    try:
+        before = json.loads(made.read_bytes())
+        was, now = set(before["evaluations"]), {state.label for state in evaluation_states(experiment)}
+    except (ValueError, KeyError, TypeError):
+        return "is of another version"
+    if not (was & now) - {"teacher"}:
+        return "is about other students: another file with this workdir made it"
+    if was != now:
+        gone, more = ", ".join(sorted(was - now)), ", ".join(sorted(now - was))
+        others = [f"has {gone}, which this file does not name" if gone else "", f"lacks {more}" if more else ""]
+        return " and ".join(filter(None, others))
+    if identity is None:
+        return "has scores that are to be made again"
+    parts = {"report_version": "its layout", "compare": "the section `compare`"}
+    other = [told for key, told in parts.items() if before.get(key) != identity[key]]
+    other += [
+        f"the scores of {name}"
+        for name in sorted(now)
+        if was and before["evaluations"][name] != identity["evaluations"][name]
+    ]
+    return f"was made before a change of {', '.join(other)}"
 
 
 def run_compare(experiment: Experiment, plan: StagePlan) -> StageResult:

@@ -189,9 +189,10 @@ def _provenance(experiment: Experiment, state: StudentState, scores: Mapping[str
     return _known_of(state.folder) | {
         "student": {"name": state.name, "seed": state.seed, "identity": state.digest},
         "data_sets": {name: _licence(experiment, name) for name in recipe.on},
-        "teacher": {Path(config.teacher.checkpoint).name: config.teacher.licence},
+        "teacher": {"/".join(Path(config.teacher.checkpoint).parts[-3:]): config.teacher.licence},
         "metrics": {} if mine is None else mine.metrics,
         "teacher_metrics": {} if teacher is None else teacher.metrics,
+        "mean_pose_metrics": {} if teacher is None else teacher.mean_pose,
     }
 
 
@@ -246,14 +247,17 @@ def _document(job: ExportJob, result: ExportResult) -> dict[str, Any]:
 
 def export_text(document: Mapping[str, Any]) -> str:
     """The same for a person."""
-    difference = document["difference_from_pytorch"]
+    difference, graph = document["difference_from_pytorch"], "float graph " if document["int8"] else ""
     lines = [
         f"exported: {document['folder']}",
         f"network: {document['network']}, {human_bytes(document['bytes'])}",
         f"hand model: {document['hand_model']}",
-        f"against PyTorch: joints within {difference['joints_mm']:.2g} mm, vertices within "
+        f"{graph}against PyTorch: joints within {difference['joints_mm']:.2g} mm, vertices within "
         f"{difference['vertices_mm']:.2g} mm, on {difference['pictures']} pictures",
     ]
     if document["int8"]:
-        lines += ["int8 costs, in mm:", *(f"  {name}: {value:.3f}" for name, value in document["int8"].items())]
+        lines += [
+            "what was written is its int8 form, which costs, in mm:",
+            *(f"  {name}: {value:.3f}" for name, value in document["int8"].items()),
+        ]
     return "\n".join(lines)

@@ -58,6 +58,13 @@ def _checkpoint(path: Path, mano_model: str | None) -> NamedNetwork:
     from models.model_config import model_config_path
     from models.teacher import load_teacher
 
+    with path.open("rb") as file:
+        beginning = file.read(9)
+    if not beginning.startswith((b"PK", b"\x80")) and beginning[8:] != b"{":  # torch's two kinds, safetensors
+        raise InputError(
+            f"--network: {path} is a file, but no checkpoint by its first bytes; name a checkpoint, a student's "
+            "folder, or a student of the configuration"
+        )
     tree = read_model_config(model_config_path(path))
     model = tree.get("MODEL")
     backbone = model.get("BACKBONE") if isinstance(model, dict) else None

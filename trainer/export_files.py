@@ -119,7 +119,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     facts: what `trainer.export` puts into export.json. `provenance`, all of it optional: `student` {name, seed,
     identity}; `training` {recipe, data sets, steps, ...}; `data_sets` and `teacher`: name -> licence or None;
-    `metrics`: data set -> metric -> value; `teacher_metrics` likewise.
+    `metrics`: data set -> metric -> value; `teacher_metrics` and `mean_pose_metrics` likewise.
     """
     provenance = facts["provenance"]
     student = provenance.get("student", {})
@@ -133,7 +133,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         _metrics(provenance),
         _training(provenance),
         _licences(facts, provenance),
-        _limits(),
+        _limits(provenance),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -159,7 +159,7 @@ def _files(facts: Mapping[str, Any]) -> str:
         (facts["network"]["file"], "the network, any batch size"),
         (DESCRIPTION, "what goes in and what comes out, as data: crop, camera, left hands, order of the joints"),
         (RUNTIME, "crop, hand layer and camera with numpy, Pillow and onnxruntime only"),
-        ("weights.safetensors, student.json", "the same weights for PyTorch"),
+        ("weights.safetensors, student.json", f"the {'float' if facts['int8'] else 'same'} weights, for PyTorch"),
         (HAND_MODEL, f"the hand model: {hand}"),
         ("export.json", "what went in, the check, sha256 of every file"),
     ]
@@ -207,16 +207,34 @@ def _equality(facts: Mapping[str, Any]) -> str:
 
 def _metrics(provenance: Mapping[str, Any]) -> str:
     scores: Mapping[str, Mapping[str, float]] = provenance.get("metrics") or {}
-    teacher: Mapping[str, Mapping[str, float]] = provenance.get("teacher_metrics") or {}
     if not scores:
         return "## Metrics\n\nNot evaluated."
+    others = [provenance.get(which) or {} for which in ("teacher_metrics", "mean_pose_metrics")]
     rows = [
-        (name, metric, f"{value:.3f}", f"{teacher[name][metric]:.3f}" if metric in teacher.get(name, {}) else "-")
+        (name, metric, f"{value:.3f}", *(_known(other.get(name, {}).get(metric)) for other in others))
         for name, found in scores.items()
         for metric, value in found.items()
     ]
-    note = "Of the PyTorch student; official definitions (trainer/metrics.py). F-scores, AUC and PCK are shares.\n\n"
-    return f"## Metrics\n\n{note}" + _table(("data set", "metric", "student", "teacher"), rows)
+    note = (
+        "Of the PyTorch student; official definitions (trainer/metrics.py). F-scores, AUC and PCK are shares. Mean "
+        "pose: the same answer to every picture, without looking.\n\n"
+    )
+    return f"## Metrics\n\n{note}" + _table(("data set", "metric", "student", "teacher", "mean pose"), rows)
+
+
+def _known(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _undertrained(provenance: Mapping[str, Any]) -> list[str]:
+    """The data sets on which answering without looking is no worse, by PA-MPJPE."""
+    scores, baseline = (provenance.get(which) or {} for which in ("metrics", "mean_pose_metrics"))
+    which = "pa_mpjpe_mm"
+    return [
+        name
+        for name, found in scores.items()
+        if which in found and found[which] >= baseline.get(name, {}).get(which, float("inf"))
+    ]
 
 
 def _training(provenance: Mapping[str, Any]) -> str:
@@ -243,10 +261,12 @@ def _licences(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     )
 
 
-def _limits() -> str:
+def _limits(provenance: Mapping[str, Any]) -> str:
+    sets = ", ".join(_undertrained(provenance))
+    first = f"**Trained too little to be of use: on {sets} it is no better than the mean pose.** " if sets else ""
     return (
-        "## Limits\n\nOne hand a crop, whose side (left or right) must be told. Depths rest on an assumed focal "
-        "length. Not for identifying people."
+        f"## Limits\n\n{first}One hand a crop, whose side (left or right) must be told. Depths rest on an assumed "
+        "focal length. Not for identifying people."
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from storage.errors import DamageError
+from storage.errors import DamageError, InputError
 from storage.objects import is_url
 from trainer.config import StudentRecipe
 
@@ -23,9 +23,22 @@ RESULT = "result.json"
 
 
 def student_folder(path: Path) -> Path:
-    """The student at a path that a person names: the folder itself, or the one called STUDENT in it."""
-    inner = path / STUDENT
-    return inner if inner.is_dir() and not (path / "student.json").is_file() else path
+    """The student at a path that a person names: the folder itself, or the only one called STUDENT in it, which may be
+    a training's folder, a seed's, a name's or that of all students.
+
+    Raises InputError where several are there.
+    """
+    if (path / "student.json").is_file():
+        return path
+    found = [
+        inner
+        for above in ("", "*/", "*/*/", "*/*/*/")
+        for inner in sorted(path.glob(above + STUDENT))
+        if inner.is_dir()
+    ]
+    if len(found) > 1:
+        raise InputError(f"{path}: {len(found)} students are in it; name one of them: {', '.join(map(str, found))}")
+    return found[0] if found else path
 
 
 PinnedSet = tuple[str, Path | str, str, float]

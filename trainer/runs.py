@@ -247,9 +247,17 @@ class Runs:
         except MlflowException as error:
             if what and error.error_code == "INVALID_PARAMETER_VALUE":
                 raise InputError(f"{what}: MLflow does not understand it: {error.message}") from error
-            raise WorkError(f"cannot read the MLflow store at {self._uri}: {error}") from error
+            raise WorkError(f"cannot read the MLflow store at {self._uri}: {_reason(error)}") from error
         except (OSError, requests.RequestException) as error:
-            raise WorkError(f"cannot read the MLflow store at {self._uri}: {error}") from error
+            raise WorkError(f"cannot read the MLflow store at {self._uri}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a store was not read, in a line: of a server that is not there the words of the system, of which MLflow's
+    client makes a paragraph."""
+    if found := re.search(r"\[Errno -?\d+\] ([\w ]+)", str(error)):
+        return f"{found[1]}; is its server up, and is that the address?"
+    return str(error)
 
 
 def split_registered(name: str) -> tuple[str, str, str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +63,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 def test_the_command_line_is_the_one_that_was_promised() -> None:
     parser = build_parser()
     (verbs,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    assert options_of(parser) == GLOBAL
+    assert options_of(parser) == GLOBAL | {"--version"}
     assert {name: options_of(verb) - GLOBAL for name, verb in verbs.choices.items()} == VERBS
     assert all(options_of(verb) >= GLOBAL for verb in verbs.choices.values())
 
@@ -246,6 +248,26 @@ def test_status(lab: Lab) -> None:
         assert (stage["stale"], stage["quarantined"], stage["last_error"]) == (0, 0, None)
     lab.configure({"students.hybrid.lr": 1.0})
     assert as_json(lab.config, "status")["stages"]["train"]["stale"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"compare.bootstrap": 150}, "which was made before a change of the section `compare`"),
+        ({"students.hybrid.lr": 1.0}, "which has scores that are to be made again"),
+        ({"train.seeds": [0, 1]}, "which lacks hybrid-seed1, plain-seed1"),
+        ({"train.seeds": [3]}, "which is about other students: another file with this workdir made it"),
+    ],
+)
+def test_the_plan_says_why_the_report_is_to_be_made_again(lab: Lab, changes: dict[str, Any], told: str) -> None:
+    assert "report" not in handstill("plan", "-c", lab.config).out.partition("compare:")[2]
+    lab.configure(changes)
+    assert f"changed: the report, {told}" in handstill("plan", "-c", lab.config).out
+
+
+def test_the_version_is_told_without_a_verb() -> None:
+    answer = handstill("--version")
+    assert (answer.code, answer.out) == (0, f"handstill {version('handstill')}\n")
 
 
 @pytest.mark.parametrize("scanned", [True, False])

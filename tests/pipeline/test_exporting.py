@@ -16,7 +16,7 @@ import torch
 from models.handstill_numpy import Hands
 from models.preprocessing import normalise
 from models.student import Student
-from pipeline.exporting import choose
+from pipeline.exporting import choose, export_text
 from tests.pipeline.commands import as_json, handstill
 from tests.pipeline.lab import Lab, tree
 from trainer import export
@@ -57,15 +57,29 @@ def test_a_student_by_its_name_goes_from_caches_to_an_int8_network(lab: Lab) -> 
     assert {"val: PA-MPJPE, float", "val: PA-MPJPE, int8"} < document["int8"].keys()
     shown = as_json(lab.config, "show", str(folder))["content"]["provenance"]
     assert shown["data_sets"] == {"alpha": None}
-    assert shown["teacher"] == {"hamer.ckpt": None}
+    assert shown["teacher"] == {"teacher/checkpoints/hamer.ckpt": None}
     assert shown["metrics"].keys() == shown["teacher_metrics"].keys() == {"val"}
     card = (folder / "README.md").read_text()
     for said in ("CC0 1.0: handstill's open hand", "data set alpha", "not stated", "val | pa_mpjpe_mm", "batch_size"):
         assert said in card
+    assert "| student | teacher | mean pose |" in card
+    undertrained = shown["metrics"]["val"]["pa_mpjpe_mm"] >= shown["mean_pose_metrics"]["val"]["pa_mpjpe_mm"]
+    assert ("on val it is no better than the mean pose" in card) is undertrained
     assert str(lab.folder) not in card + (folder / "export.json").read_text(), "a place on this machine"
     again = handstill("export", "plain", "--int8", "-c", lab.config)
     assert (again.code, "is there already" in again.err) == (2, True)
     assert as_json(lab.config, "clean", "--stale")["stale"] == {}
+
+
+def test_int8_is_not_told_with_the_float_graphs_difference() -> None:
+    document = {
+        "folder": "f", "network": "n", "bytes": 1, "hand_model": "h", "int8": {"joints_mean_mm": 0.1},
+        "difference_from_pytorch": {"joints_mm": 1e-5, "vertices_mm": 1e-5, "pictures": 8},
+    }  # fmt: skip
+    text = export_text(document)
+    assert "float graph against PyTorch: joints within 1e-05 mm" in text
+    assert "what was written is its int8 form, which costs, in mm:\n  joints_mean_mm: 0.100" in text
+    assert "\nagainst PyTorch: joints within" in export_text(document | {"int8": None})
 
 
 def test_a_student_by_its_folder_needs_no_configuration(lab: Lab, tmp_path: Path) -> None:

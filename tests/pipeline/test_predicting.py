@@ -280,6 +280,8 @@ def test_networks_by_every_name(student: Path, photos: Path, tmp_path: Path, lab
     plain = predict(*shared, "-c", lab.config, "--network", "plain")
     assert (plain["backbone"], Path(plain["network"]).parents[2].name) == ("mobilenetv3_small_050", "plain")
     assert predict(*shared, "-c", lab.config, "--network", "plain/seed-0")["network"] == plain["network"]
+    for folder in ("plain", "plain/seed-0"):
+        assert predict(*shared, "--network", lab.workdir / "students" / folder)["network"] == plain["network"]
     assert plain["inputs"][0]["hands"][0]["square"][2] < teacher["inputs"][0]["hands"][0]["square"][2] * 1.001
 
 
@@ -291,6 +293,8 @@ def test_networks_that_cannot_be_had(student: Path, photos: Path, lab: Lab) -> N
         "Name MANO_RIGHT.pkl": ["--network", student.parent / "teacher/checkpoints/hamer.ckpt"],
         "has its own hand model": ["--network", student, "--mano-model", OPEN_HAND],
         "no student": ["--network", photos],
+        "no checkpoint by its first bytes": ["--network", lab.config],
+        "2 students are in it; name one of them": ["--network", lab.workdir / "students"],
     }
     for told, arguments in calls.items():
         answer = handstill("predict", photos / "a.jpg", "--box", BOX, *arguments)
