@@ -96,7 +96,9 @@ class StageProgress:
 
     def _rate_text(self, *, ended: bool = False) -> str:
         rate = self._per_second(ended=ended)
-        return "starting" if rate is None else f"{rate:.1f} {self._unit}/s"
+        if rate is None:
+            return "starting"
+        return f"{rate:.1f} {self._unit}/s" if rate >= 0.1 else f"{rate * 60:.1f} {self._unit}/min"
 
     def _left_s(self, *, ended: bool = False) -> float | None:
         rate = self._per_second(ended=ended)

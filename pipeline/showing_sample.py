@@ -124,13 +124,14 @@ def _described(stored: View, comparison: Comparison | None) -> dict[str, Any]:
 
 def _write(path: Path, tiles: Sequence[Tile]) -> None:
     """Two pictures a view; where it could not be made again the second is black."""
-    pictures, true, pred = [], [], []
+    pictures, true, pred, captions = [], [], [], []
     for tile in tiles:
-        for one in (tile.stored, tile.made):
+        for one, what in ((tile.stored, "stored"), (tile.made, "made again" if tile.made else "cannot be made again")):
             pictures.append(np.zeros((256, 256, 3), np.uint8) if one is None else decode_picture(one.encoded))
             true.append((one or tile.stored).values["labels/keypoints_2d"])
             pred.append(tile.said)
-    data = sheet(np.stack(pictures), np.stack(true), np.stack(pred), columns=2, shown_px=SHOWN_PX)
+            captions.append(f"view {tile.stored.view}, {what}; labels green, teacher red")
+    data = sheet(np.stack(pictures), np.stack(true), np.stack(pred), 2, SHOWN_PX, captions)
     try:
         write_bytes_atomic(path, data)
     except OSError as error:
