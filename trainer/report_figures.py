@@ -14,6 +14,7 @@ from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from matplotlib.transforms import Bbox
 
@@ -54,11 +55,11 @@ def trade_off(document: Document, dataset: str, metric: str) -> Figure:
     _speed_axis(axes, [point.fps for point in points.values()])
     which = "lower" if metric.endswith("_mm") else "higher"
     axes.set_ylabel(f"{METRIC_TITLES[metric]}, {dataset} ({which} is better)")  # type: ignore[index]  # one of the known
-    _mean_pose(axes, teacher["mean_pose"].get(dataset, {}).get(metric))
+    said = _mean_pose(axes, teacher["mean_pose"].get(dataset, {}).get(metric))
     _legend(axes, groups, backbones)
     few = len(points) <= _ALL_NAMED
     named = {n: p for n, p in points.items() if few or n == "teacher" or n in document["pareto"].get(dataset, [])}
-    _label_points(figure, axes, named, list(points.values()))
+    _label_points(figure, axes, named, list(points.values()), said)
     return figure
 
 
@@ -79,10 +80,10 @@ def _look(each: Document, backbones: Sequence[str]) -> dict[str, Any]:
     return {**look, "alpha": 0.85, "edgecolors": "white", "linewidths": 0.8, "zorder": 3}
 
 
-def _mean_pose(axes: Axes, value: float | None) -> None:
-    """A line where it is among the points, else a word at the border: it must not squeeze them."""
+def _mean_pose(axes: Axes, value: float | None) -> list[Annotation]:
+    """A line where it is among the points, else a word at the border: it must not squeeze them. What it says there."""
     if value is None:
-        return
+        return []
     low, high = axes.get_ylim()
     if low < value < high:
         axes.axhline(value, linestyle="--", color=_GREY, linewidth=1)
@@ -90,10 +91,11 @@ def _mean_pose(axes: Axes, value: float | None) -> None:
     else:
         text = f"mean pose: {value:.3g}, {'above' if value >= high else 'below'}"
         place, side = (high, "top") if value >= high else (low, "bottom")
-    axes.annotate(
+    said = axes.annotate(
         text, (0.99, place), xycoords=("axes fraction", "data"), ha="right", va=side, fontsize=8, color="#555"
     )
     axes.set_ylim(low, high)
+    return [said]
 
 
 def _speed_axis(axes: Axes, speeds: Sequence[float]) -> None:
@@ -126,14 +128,16 @@ def _legend(axes: Axes, groups: Sequence[Document], backbones: Sequence[str]) ->
     axes.legend(handles=entries, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
 
 
-def _label_points(figure: Figure, axes: Axes, named: Mapping[str, _Point], points: Sequence[_Point]) -> None:
-    """Names beside the points, each where it hides the least of what is drawn already, joined to its point where it
-    had to go far."""
+def _label_points(
+    figure: Figure, axes: Axes, named: Mapping[str, _Point], points: Sequence[_Point], said: Sequence[Annotation]
+) -> None:
+    """Names beside the points, each where it hides the least of what is drawn or said already, joined to its point
+    where it had to go far."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]  # lays out, so that places in pixels are known
     renderer: RendererBase = canvas.get_renderer()  # type: ignore[no-untyped-call]
     px = figure.dpi / 72
-    taken = [_box_of(axes, point, px) for point in points]
+    taken = [_box_of(axes, point, px) for point in points] + [text.get_window_extent(renderer) for text in said]
     frame = axes.get_window_extent(renderer)
     for name, point in sorted(named.items(), key=lambda item: item[1].fps):
         text = axes.annotate(

@@ -186,3 +186,7 @@ def test_the_report_warns_of_students_that_the_mean_pose_beats() -> None:
     assert "good" not in line
     document["by_student"] = [student("good", 12.0)]
     assert warnings(document) == []
+    document["by_student"] = [student("good", 14.0), student("begun", 19.0), student("bad", 26.0)]
+    nothing, little = warnings(document)
+    assert "no worse than bad: they" in nothing
+    assert "less than 30% better than the mean pose (20.00 mm PA-MPJPE): begun (5%). They are" in little
