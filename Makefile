@@ -40,4 +40,5 @@ contracts: $(STAMP)
 
 BENCHMARKS := $(filter-out benchmarks/train_demo_teacher.py,$(wildcard benchmarks/*.py))
 bench: $(STAMP)  ## every benchmark in its quick form
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script --quick; done

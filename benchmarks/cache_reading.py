@@ -95,7 +95,7 @@ class Payload:
 
 
 def write_cache(folder: Path, payload: Payload) -> Path:
-    """Our own writer: shards of 512 samples, with little beside the features."""
+    """Our own writer: shards of 512 samples, with zeros in all that stands beside the features."""
     features = {"grid": "8x8-paper", "encoding": payload.dtype.name}
     cache = CacheFolder.create(folder, {"kind": "benchmark", "role": "train", "features": features})
     ids = [f"bench:{number:08d}#0" for number in range(payload.samples)]
@@ -106,7 +106,7 @@ def write_cache(folder: Path, payload: Payload) -> Path:
         partial = partial_path(cache.shard_path(name))
         with ShardWriter(partial) as writer:
             for row in rows:
-                values = {layout.FEATURES: payload.sample(row)}
+                values = _zeros() | {layout.FEATURES: payload.sample(row)}
                 if payload.dtype == np.int8:
                     values[layout.FEATURES_SCALE] = np.ones((VIEWS, *payload.shape[:2]), np.float32)
                 writer.append(ids[row], values, [b"no picture"] * VIEWS)
@@ -117,6 +117,23 @@ def write_cache(folder: Path, payload: Payload) -> Path:
     table = build_snapshot(_manifest(ids), plans, records)
     write_head(cache.root, {"bench": publish_snapshot(cache.root, cache.fingerprint, "bench", table)})
     return cache.root
+
+
+_SIZES = {
+    "view": VIEWS, "one": 1, "matrix_row": 3, "matrix_column": 3, "joint_15": 15, "shape": 10, "s_tx_ty": 3,
+    "joint_21": 21, "xy": 2, "xyz": 3, "xy_confidence": 3, "xyz_confidence": 4, "axis_angle": 3, "axis_angle_45": 45, "width_height": 2,
+    "rgb": 3, "x_y_one": 3,
+}  # fmt: skip
+
+
+def _zeros() -> dict[str, NDArray[Any]]:
+    """What a sample must have beside its features."""
+    wanted = [each for each in layout.ENTRIES if not each.optional and each.path not in layout.WRITERS_OWN]
+    return {
+        each.path: np.zeros([_SIZES[name] for name in each.dimensions[1:]], each.dtypes[0])
+        for each in wanted
+        if each.path != layout.FEATURES
+    }
 
 
 @dataclass(frozen=True)

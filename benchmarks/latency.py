@@ -196,11 +196,13 @@ def _peak_mb(arguments: list[str]) -> float:
 def measure(settings: Settings, folder: Path) -> tuple[list[tuple[str, float, str]], dict[str, float]]:
     """Rows and ratios."""
     names = (TEACHER, MOBILENET, CONVNEXT)
+    _tell("building the networks")
     networks = {name: build(name, quick=settings.quick, device=settings.device) for name in names}
     gpu = settings.device.type == "cuda"
     exported = () if gpu else names if settings.exported_teacher else names[1:]
     exports: dict[Way, Path] = {(name, EXPORTED): folder / str(i) for i, name in enumerate(exported)}
     for (name, _), place in exports.items():
+        _tell(f"exporting {name}")
         export(networks[name], place)
     if settings.int8 and not gpu:
         quantised(exports[MOBILENET, EXPORTED], folder / "int8")
@@ -213,15 +215,22 @@ def measure(settings: Settings, folder: Path) -> tuple[list[tuple[str, float, st
     for path, ways in ways_of(networks, exports, settings).items():
         batch = int(path.rpartition(" ")[2]) if path.startswith("network") else 1
         turns = settings.turns if batch == 1 else max(1, settings.turns // 4)
+        _tell(f"{path}: {len(ways)} ways, {turns} turns each")
         named = {" / ".join(way): run for way, run in ways.items()}
         seconds = interleaved(named, turns, settings.device)
         medians[path] = {way: Latency.of(batch, seconds[" / ".join(way)]) for way in ways}
         rows += [row for way, latency in medians[path].items() for row in _rows(way, path, latency)]
     if not gpu and Path("/proc/self/status").exists():
+        _tell("peak memory of a process a way")
         peaks = {(name, PYTORCH): peak_mb_of_pytorch(name, settings) for name in names}
         peaks |= {way: peak_mb_of_export(place, settings.threads) for way, place in exports.items()}
         rows += [(f"{', '.join(way)}: peak memory of a process", peak, "MB") for way, peak in peaks.items()]
     return rows, ratios(medians)
+
+
+def _tell(what: str) -> None:
+    """What is going on, for whoever waits: minutes for some of it."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def _rows(way: Way, path: str, latency: Latency) -> list[tuple[str, float, str]]:

@@ -161,7 +161,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--on", choices=("local", "ray"), help="Dask in this process, or on Ray (default: as the cluster)"
     )
     export = verb("export", _export, "a student as ONNX, checked against PyTorch, with a numpy runtime and a card")
-    export.add_argument("what", metavar="NAME|FOLDER", help="a student of the file, or the folder of a trained one")
+    export.add_argument(
+        "what", metavar="NAME|FOLDER", help="a student of the file, the folder of one, or models:/NAME@ALIAS"
+    )
     export.add_argument("--seed", type=int, metavar="N", help="of a student: this seed (default: the best scored)")
     export.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder (default: in the workdir)")
     export.add_argument("--with-hand-model", action="store_true", help="joints and mesh in the graph; mind its licence")
@@ -201,7 +203,7 @@ def _add_predict_options(predict: argparse.ArgumentParser) -> None:
         "--network",
         default="teacher",
         metavar="NAME|PATH",
-        help="a student by name or folder, a checkpoint, or `teacher`: the configuration's (default)",
+        help="a student by name, folder or models:/NAME@ALIAS; a checkpoint; or the file's `teacher` (default)",
     )
     predict.add_argument("--mano-model", metavar="FILE", help="hand model for a checkpoint without one, or open-hand")
     predict.add_argument(
@@ -334,6 +336,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     named = tuple(arguments.experiment)
     request = CompareRequest(named, arguments.filter, arguments.tracking_uri, arguments.out)
+    if request.out is not None:
+        _check_out(request.out)
     if request.out is not None and not request.elsewhere:
         raise InputError(
             "--out is for other runs than the file's own; name them: --experiment, --filter, --tracking-uri"
@@ -384,7 +388,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     request = PredictRequest(
         paths=arguments.paths,
-        out=arguments.out,
+        out=_check_out(arguments.out),
         network=arguments.network,
         config=arguments.config,
         mano_model=arguments.mano_model,
@@ -411,6 +415,15 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 def _answer(arguments: argparse.Namespace, document: Any, text: Callable[[], str]) -> None:
     _say(json.dumps(document) if arguments.json else text())
+
+
+def _check_out(out: Path) -> Path:
+    """The same folder. InputError where it cannot be written into or made, before anything is computed for it."""
+    there = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "may not be written to" if there.is_dir() else "is a file"
+        raise InputError(f"--out: {there} {why}; give a folder, or the name of one to make")
+    return out
 
 
 def _say(text: str, stream: Any = None) -> None:

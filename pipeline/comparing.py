@@ -16,7 +16,6 @@ from pipeline.digests import digest_of
 from pipeline.evaluating import EvaluationState, evaluation_states
 from pipeline.events import append_event
 from pipeline.experiment import Experiment
-from pipeline.loading import load_config
 from pipeline.plan import StagePlan, StageResult
 from pipeline.tables import bytes_below, where_things_are
 from storage.durable import canonical_json, write_bytes_atomic
@@ -162,9 +161,11 @@ def compare_elsewhere(config_path: Path, request: CompareRequest) -> tuple[dict[
 def _target_elsewhere(config_path: Path, request: CompareRequest) -> tuple[TrackingTarget, CompareConfig]:
     from pipeline.experiment import open_experiment
     from pipeline.tracking import TrackingTarget, tracking_target
-    from pipeline.tracking_uri import checked, named_in_environment
+    from pipeline.tracking_uri import URI_VARIABLE, checked, existing, named_in_environment
 
     elsewhere = checked(request.tracking_uri, "--tracking-uri")
+    if elsewhere:
+        existing(elsewhere, "--tracking-uri")
     if config_path.is_file():
         experiment = open_experiment(config_path)
         target = tracking_target(experiment.config.tracking, experiment.workdir)
@@ -172,8 +173,11 @@ def _target_elsewhere(config_path: Path, request: CompareRequest) -> tuple[Track
     else:
         uri = elsewhere or named_in_environment()
         if not uri or not request.experiments:
-            load_config(config_path)  # says that there is no such file
-        target, config = TrackingTarget(str(uri), request.experiments[0]), CompareConfig()
+            wanted = "--experiment NAME" if uri else f"--tracking-uri URI (or {URI_VARIABLE}) and --experiment NAME"
+            raise InputError(
+                f"{config_path}: not found. Give another one with -c FILE, or say which runs are meant: {wanted}"
+            )
+        target, config = TrackingTarget(existing(uri, URI_VARIABLE), request.experiments[0]), CompareConfig()
     if elsewhere:
         target = TrackingTarget(elsewhere, target.experiment, None, target.patience_s)
     return target, config.model_copy(update={"promote": None})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,12 @@ def export(config: Path, wish: Wish) -> dict[str, Any]:
     """
     from trainer.export import export_student
 
+    if wish.what.startswith("models:/"):
+        from pipeline.registered import registered_student
+
+        with registered_student(wish.what, config) as folder:
+            job = _of_folder(config, replace(wish, what=str(folder)), told=wish.what)
+            return _document(job, export_student(job))
     named_by_path = Path(wish.what).exists() and not _names_a_student(config, wish.what)
     job = _of_folder(config, wish) if named_by_path else _of_name(open_experiment(config), wish)
     return _document(job, export_student(job))
@@ -155,14 +161,18 @@ def _int8(training: tuple[EvaluationSet, ...], evaluation: tuple[EvaluationSet, 
     return Int8(calibrate_on=training, measure_on=evaluation or training)
 
 
-def _of_folder(config: Path, wish: Wish) -> ExportJob:
-    """The job for a student's folder, or a checkpoint of Fast-HaMeR. Only int8 needs the configuration."""
+def _of_folder(config: Path, wish: Wish, told: str | None = None) -> ExportJob:
+    """The job for a student's folder, or a checkpoint of Fast-HaMeR. Only int8 needs the configuration.
+
+    told: what the user called it.
+    """
     from trainer.export import ExportJob
 
+    told = told or wish.what
     if wish.to is None:
-        raise InputError(f"export {wish.what}: give --to FOLDER: a student named by its path has no place in a workdir")
+        raise InputError(f"export {told}: give --to FOLDER: a student that is not named by the file has no place there")
     if wish.seed is not None:
-        raise InputError(f"export {wish.what}: --seed is for students named in the file; a folder holds one")
+        raise InputError(f"export {told}: --seed is for students named in the file; this is one student")
     student = student_folder(Path(wish.what))
     int8 = None
     if wish.int8:
@@ -193,6 +203,7 @@ def _provenance(experiment: Experiment, state: StudentState, scores: Mapping[str
         "metrics": {} if mine is None else mine.metrics,
         "teacher_metrics": {} if teacher is None else teacher.metrics,
         "mean_pose_metrics": {} if teacher is None else teacher.mean_pose,
+        "rendered_only": all(name in experiment.synthesised for name in recipe.on),
     }
 
 

@@ -103,6 +103,10 @@ def _explain(item: ErrorDetails) -> list[str]:
         return str(item["msg"]).splitlines()
     if item["type"] == "extra_forbidden":
         return [f"{dotted}: unknown key{did_you_mean(str(location[-1]), _known_keys(location[:-1]))}"]
+    if item["type"] == "invalid_key" and item["input"] is True:
+        return [
+            f"{'.'.join(map(str, location[:-1]))}: found the key true, which PyYAML writes for on; want 'on' in quotes"
+        ]
     if item["type"] == "missing":
         return [f"{dotted}: missing; it has to be given"]
     if item["type"] == "value_error":

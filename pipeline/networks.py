@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -25,8 +25,8 @@ class NamedNetwork:
     """In eval mode, on the CPU."""
     hand_model: HandModel
     backbone: str
-    source: Path
-    """The folder or checkpoint that was read."""
+    source: Path | str
+    """The folder or checkpoint that was read, or the name in the registry."""
 
     @property
     def sees_inner_columns(self) -> bool:
@@ -38,10 +38,16 @@ def open_network(what: str, config: Path, mano_model: str | None = None) -> Name
     """The network that `what` names.
 
     what: `teacher`, the one of the configuration; a student's name in it, or NAME/seed-N; a student's folder, as
-    `train` and `Student.save` write it; a checkpoint of HaMeR, of what takes its place, or of Fast-HaMeR.
+    `train` and `Student.save` write it; a checkpoint of HaMeR, of what takes its place, or of Fast-HaMeR; a name in
+    MLflow's model registry, models:/NAME@ALIAS or models:/NAME/VERSION.
     mano_model: the hand model of a checkpoint that holds none: a file or `open-hand`.
     Raises InputError where there is none, DamageError when its files do not belong together.
     """
+    if what.startswith("models:/"):
+        from pipeline.registered import registered_student
+
+        with registered_student(what, config) as folder:
+            return replace(_student(folder, mano_model), source=what)
     path = Path(what).expanduser()
     if path.is_file():
         return _checkpoint(path, mano_model)

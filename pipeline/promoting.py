@@ -73,7 +73,8 @@ def promote(target: TrackingTarget, alias: Alias, winner: Mapping[str, Any], bef
 
 def stays(alias: Alias, before: str | None) -> dict[str, Any]:
     """What is said of an alias that the gate did not let anybody have."""
-    sentence = f"{alias.uri} stays {_told(before)}: nobody is registered who fails the gate."
+    stays_with = "points at nobody still" if before is None else f"stays with {_told(before)}"
+    sentence = f"{alias.uri} {stays_with}: who fails the gate is not registered."
     return {"model": alias.model, "alias": alias.alias, "version": before, "before": before, "sentence": sentence}
 
 

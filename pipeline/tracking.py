@@ -28,6 +28,7 @@ from pipeline.workdir import Workdir
 from storage.durable import partial_path, remove_tree, sync_directory
 from storage.errors import WorkError
 
+log = logging.getLogger("handstill")
 logging.getLogger("alembic").setLevel(logging.WARNING)  # a new SQLite file would print each of its migrations
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what it raises too: a full disk
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each attempt at a server that is away
@@ -137,6 +138,22 @@ def limit_requests() -> None:
         os.environ.setdefault(key, value)
 
 
+_WARNED: set[str] = set()
+
+
+def _warn_of_old_place(artifacts: str, target: TrackingTarget) -> None:
+    """A workdir's own store that was copied or moved goes on writing where it was; MLflow cannot be told otherwise."""
+    if target.artifacts is None or artifacts == target.artifacts or artifacts in _WARNED:
+        return
+    _WARNED.add(artifacts)
+    log.warning(
+        "%s keeps its artefacts in %s, not beside it: this workdir was copied or moved, and the old place goes on "
+        "being written to. Use another workdir, or give tracking.uri a server.",
+        target.uri,
+        artifacts,
+    )
+
+
 class Tracker:
     """A connected store and its experiment. Raises UnreachableError and RefusedError, as every method does."""
 
@@ -163,6 +180,7 @@ class Tracker:
                 found = self._client.get_experiment_by_name(self.target.experiment)
                 if found is None:  # else another process made it just now
                     raise error
+        _warn_of_old_place(found.artifact_location, self.target)
         if found.lifecycle_stage != "active":
             name = self.target.experiment
             raise RefusedError(f"its experiment {name!r} was deleted; restore it, or name another: tracking.experiment")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from storage.errors import InputError
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_ELSEWHERE = ("http", "https", "postgresql", "mysql", "mssql", "databricks")
+"""Kinds of stores that answer for themselves; a database's may name its driver, as in mysql+pymysql."""
 
 
 def without_password(uri: str) -> str:
@@ -23,6 +26,27 @@ def without_password(uri: str) -> str:
         "into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or ~/.mlflow/credentials, a database's into its "
         "client's own file (~/.pgpass)"
     )
+
+
+def existing(uri: str, where: str) -> str:
+    """The same address, of a store to read. InputError, which begins with `where`, if it is of no kind that MLflow has,
+    or a local one that is not there: MLflow would make an empty one and say that it knows no experiment."""
+    kind, separator, rest = uri.partition(":")
+    if not separator:
+        place: Path | None = Path(uri)
+    elif kind == "sqlite":
+        place = Path(rest.partition("?")[0].removeprefix("///"))
+    elif kind == "file":
+        place = Path(urlsplit(uri).path)
+    elif kind.partition("+")[0] in _ELSEWHERE:
+        place = None
+    else:
+        raise InputError(
+            f"{where}: found {uri}, want an address of MLflow: http://..., sqlite:///FILE, postgresql://..."
+        )
+    if place is not None and not place.exists():
+        raise InputError(f"{where}: {place} is not there; want the store that runs were written to")
+    return uri
 
 
 def named_in_environment() -> str | None:

@@ -55,8 +55,11 @@ def compare(
     students, teachers = runs.students(), runs.teachers()
     title = ", ".join(selection.experiments)
     if not students:
-        which = f" that {selection.filter!r} fits" if selection.filter else ""
-        raise InputError(f"experiment {title!r} has no finished student{which} to compare; run `handstill run` first")
+        if selection.filter:
+            raise InputError(
+                f"experiment {title!r} has no finished student that {selection.filter!r} fits; ask for less"
+            )
+        raise InputError(f"experiment {title!r} has no finished student to compare; run `handstill run` first")
     groups, teacher = by_name(students), next(iter(teachers.values()), None)
     everyone: dict[str, Group] = {**groups, **({TEACHER: [teacher]} if teacher is not None else {})}
     datasets = datasets_of(students)
@@ -170,7 +173,7 @@ def _student(runs: Runs, name: str, run: StudentRun) -> Document:
         "steps": whole(run.params.get("steps")),
         "batch_size": whole(run.params.get("batch_size")),
         "cost": cost(runs, run),
-        "origin": origin(run),
+        "origin": origin(run, runs.tracking_uri),
     }
 
 

@@ -15,6 +15,7 @@ Nothing is published unless ONNX Runtime gave PyTorch's joints. The same student
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -49,6 +50,8 @@ from trainer.export_files import (
     hand_model_licence,
     model_card,
 )
+
+log = logging.getLogger("handstill")
 
 EXPORT_VERSION = 3
 """Raised when an export's bytes change for another reason than its student's; part of its name."""
@@ -145,12 +148,14 @@ def export_student(job: ExportJob) -> ExportResult:
 def _fill(folder: Path, job: ExportJob, student: Student) -> ExportResult:
     """All files of the export."""
     network = NETWORK if job.int8 is None else NETWORK_INT8
+    log.info("export: writing the graph")
     write_onnx(student.backbone, student.mano_head, student.mano if job.with_hand_model else None, folder / NETWORK)
     (folder / HAND_MODEL).write_bytes(hand_model_npz(student.hand_model))
     (folder / RUNTIME).write_bytes((Path(__file__).parents[1] / "models" / RUNTIME).read_bytes())
     student.save(folder)
     describe = describe_network(with_hand_model=job.with_hand_model, inner_columns=student.spec.backbone == HAMER)
     _write_json(folder / DESCRIPTION, {"network": NETWORK, **describe})
+    log.info("export: comparing ONNX Runtime with PyTorch")
     difference = compare(folder, student, _pictures(job))
     if not difference.small:
         raise WorkError(_unlike(difference))
@@ -180,6 +185,7 @@ def _quantised(folder: Path, int8: Int8, student: Student) -> dict[str, float]:
 
     if (folder / f"{NETWORK}.data").exists():
         raise InputError("--int8: networks whose weights are above 1.5 GB are not quantised. Export it as float.")
+    log.info("export: calibrating and quantising")
     quantise(folder / NETWORK, folder / NETWORK_INT8, int8)
     for path in folder.glob(f"{NETWORK}*"):
         path.unlink()

@@ -19,6 +19,8 @@ JOINT_ORDER = (
 """Of keypoints: OpenPose's 21."""
 POSE_ORDER = tuple(f"{finger}_{i}" for finger in ("index", "middle", "pinky", "ring", "thumb") for i in (1, 2, 3))
 """Of hand_pose: MANO's 15, from the palm outwards."""
+TRAINED = 0.3
+"""Of the mean pose's error: whoever takes less off has learned too little for use, and for telling strategies apart."""
 TIGHT_BOX_FACTOR = 2.0
 """The crop's side over the longer side of a tight box (models.crops.HINT_BOX)."""
 
@@ -161,6 +163,7 @@ def _files(facts: Mapping[str, Any]) -> str:
         (RUNTIME, "crop, hand layer and camera with numpy, Pillow and onnxruntime only"),
         ("weights.safetensors, student.json", f"the {'float' if facts['int8'] else 'same'} weights, for PyTorch"),
         (HAND_MODEL, f"the hand model: {hand}"),
+        *([("hand_model.safetensors", "the same for PyTorch")] if inside else []),
         ("export.json", "what went in, the check, sha256 of every file"),
     ]
     return "## Files\n\n" + _table(("file", "what"), rows)
@@ -227,14 +230,14 @@ def _known(value: float | None) -> str:
 
 
 def _undertrained(provenance: Mapping[str, Any]) -> list[str]:
-    """The data sets on which answering without looking is no worse, by PA-MPJPE."""
+    """The data sets on which it is hardly better than answering without looking, by PA-MPJPE; in words."""
     scores, baseline = (provenance.get(which) or {} for which in ("metrics", "mean_pose_metrics"))
-    which = "pa_mpjpe_mm"
-    return [
-        name
-        for name, found in scores.items()
-        if which in found and found[which] >= baseline.get(name, {}).get(which, float("inf"))
-    ]
+    which, said = "pa_mpjpe_mm", []
+    for name, found in scores.items():
+        mean_pose = baseline.get(name, {}).get(which)
+        if which in found and mean_pose and (gain := 1 - found[which] / mean_pose) < TRAINED:
+            said.append(f"on {name} " + (f"only {gain:.0%} better than" if gain > 0 else "no better than"))
+    return said
 
 
 def _training(provenance: Mapping[str, Any]) -> str:
@@ -262,8 +265,10 @@ def _licences(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 
 def _limits(provenance: Mapping[str, Any]) -> str:
-    sets = ", ".join(_undertrained(provenance))
-    first = f"**Trained too little to be of use: on {sets} it is no better than the mean pose.** " if sets else ""
+    little = " the mean pose, ".join(_undertrained(provenance))
+    first = f"**Trained too little to be of use: {little} the mean pose.** " if little else ""
+    if provenance.get("rendered_only"):
+        first += "It has learned from rendered hands only, never from a photograph. "
     return (
         f"## Limits\n\n{first}One hand a crop, whose side (left or right) must be told. Depths rest on an assumed "
         "focal length. Not for identifying people."

@@ -277,10 +277,9 @@ def _baseline_sentence(
 ) -> str:
     """By how much, and how sure."""
     low, high = sorted((_worse_is(gate.metric) * pair.interval.low, _worse_is(gate.metric) * pair.interval.high))
-    by = f"{_amount(gate, abs(worse))} {'worse' if worse > 0 else 'better'} than {baseline.told} in {_title(gate)}"
-    spread = (
-        f"{gate.confidence:.0%} interval of how much worse {low:+.3g} to {high:+.3g}, {pair.interval.count} samples"
-    )
+    by = f"{_amount(gate, abs(worse))} {_direction(worse)} than {baseline.told} in {_title(gate)}"
+    ends = " to ".join(f"{abs(end):.3g} {_direction(end)}" for end in (low, high))
+    spread = f"{gate.confidence:.0%} interval: {ends}; {pair.interval.count} samples"
     allowed = f"{_amount(gate, gate.tolerance)} allowed"
     if verdict == "doubt":
         how = {"mean": "the mean decides", "fails": "doubt fails", "passes": "doubt passes"}[gate.in_doubt]
@@ -291,6 +290,10 @@ def _baseline_sentence(
         "" if one_truth else " The two were scored on different snapshots of the data set; only shared samples count."
     )
     return f"{name} is {by} ({spread}), and {end}.{other}"
+
+
+def _direction(worse: float) -> str:
+    return "worse" if worse > 0 else "better"
 
 
 def _share(value: float) -> str:

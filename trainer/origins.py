@@ -40,8 +40,8 @@ def cost(runs: Runs, run: StudentRun) -> Document:
     }
 
 
-def origin(run: StudentRun) -> Document:
-    """What decided the run, and the line that makes it again."""
+def origin(run: StudentRun, tracking_uri: str) -> Document:
+    """What decided the run, and the line that makes it again. tracking_uri: where its configuration is."""
     commit = run.tags.get(COMMIT)
     return {
         "run_id": run.run_id,
@@ -54,19 +54,22 @@ def origin(run: StudentRun) -> Document:
         "identity": run.identity or None,
         "training": run.training,
         "evaluation": run.evaluated,
-        "line": _line(run, commit),
+        "line": _line(run, commit, tracking_uri),
     }
 
 
-def _line(run: StudentRun, commit: str | None) -> str:
-    """For a shell, in a clone; empty where the run does not say enough. The configuration gets the name that it had,
-    in the clone's root: its relative paths start there."""
+def _line(run: StudentRun, commit: str | None, tracking_uri: str) -> str:
+    """For a shell, in a clone; empty where the run does not say enough. The configuration gets a name of its own in the
+    clone's root: its relative paths start there, and no file of the commit is in its way."""
     command = run.tags.get(COMMAND)
     if commit is None or command is None or CONFIGURATION not in run.tags:
         return ""
-    _, _, file, *_ = shlex.split(command)
-    fetch = f"mlflow artifacts download -r {run.run_id} -a configuration -d ."
-    return f"git checkout {commit} && {fetch} && mv configuration/pipeline.yaml {shlex.quote(file)} && {command}"
+    program, option, _, *rest = shlex.split(command)
+    file = f"again-{run.run_id[:8]}.yaml"
+    where = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri)}"
+    fetch = f"{where} mlflow artifacts download -r {run.run_id} -a configuration -d ."
+    again = shlex.join([program, option, file, *rest])
+    return f"git checkout {commit} && {fetch} && mv configuration/pipeline.yaml {file} && {again}"
 
 
 def digests(datasets: Mapping[str, str]) -> str:

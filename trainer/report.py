@@ -174,9 +174,15 @@ def _cost_html(document: Document) -> str:
 
 
 def _origins_html(document: Document) -> str:
-    lines = [(f"{run['name']} (seed {run['seed']})", run["origin"]["line"]) for run in document["students"]]
+    lines = [
+        (f"{run['name']} (seed {run['seed']})" + _UNCOMMITTED * run["origin"]["dirty"], run["origin"]["line"])
+        for run in document["students"]
+    ]
     known = "".join(details(label, line) for label, line in lines if line)
     return table_html(tables.origins(document["students"]), left=7) + paragraph(SECTION_NOTES["again"]) + known
+
+
+_UNCOMMITTED = ", trained with changes that its commit does not have: the line does without them"
 
 
 def _training_pictures(pictures: Mapping[str, bytes]) -> str:
@@ -205,7 +211,7 @@ def _forest_caption(pairs: Sequence[Document]) -> str:
     seeds = (
         "Thin: 95% over seeds."
         if _over_seeds(pairs)
-        else "Whether training again would show the same cannot be told from one seed."
+        else "Whether training again would show the same takes several seeds to tell."
     )
     hollow = "" if all(pair["equal_budget"] for pair in pairs) else " Hollow: not at equal budget."
     return f"Thick: 95% over samples. {seeds}{hollow}"

@@ -47,7 +47,7 @@ SECTION_NOTES = {
     "resampled by picture, of the mean over seeds; whether these weights differ. Each interval holds alone, not all of "
     "them together.",
     "pairs-seeds": "Over seeds: Student's t of the seeds' differences; whether training again would show the same.",
-    "pairs-one-seed": "Whether training again would show the same cannot be told from one seed (`train.seeds`).",
+    "pairs-one-seed": "Whether training again would show the same takes several seeds (train.seeds) to tell.",
     "cost": "Training only. Hours are those in which the run was at work, pauses and deaths between not counted; "
     "CPU-hours are of the process that reported, times the workers.",
     "again": "For a shell, in a clone of handstill. The caches are made again where they are not there; digests in the "

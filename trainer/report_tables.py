@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.config import METRIC_TITLES, METRICS
+from trainer.export_files import TRAINED
 from trainer.origins import digests
 
 Document = dict[str, Any]
@@ -124,10 +125,10 @@ def warnings(document: Document) -> list[str]:
                 "undertrained, and differences between them say nothing about distillation."
             )
         gains = {n: 1 - e / limit for n, e in errors.items() if limit and e is not None and n not in worse}
-        little = [f"{name} ({gain:.0%})" for name, gain in gains.items() if gain < _TRAINED]
+        little = [f"{name} ({gain:.0%})" for name, gain in gains.items() if gain < TRAINED]
         if little:
             found.append(
-                f"On {dataset} these are less than {_TRAINED:.0%} better than the mean pose ({limit:.2f} mm PA-MPJPE): "
+                f"On {dataset} these are less than {TRAINED:.0%} better than the mean pose ({limit:.2f} mm PA-MPJPE): "
                 f"{', '.join(little)}. They are undertrained, and differences between them say little about "
                 "distillation."
             )
@@ -165,8 +166,6 @@ def as_markdown(rows: Rows) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
-_TRAINED = 0.3
-"""Of the mean pose's error: whoever takes less off has not learned enough to tell strategies apart by."""
 _TEX = {"&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$"}
 _BASELINES = ("teacher", "mean pose")
 

@@ -106,6 +106,11 @@ class Runs:
                     )
                 self._experiments[found.experiment_id] = name
 
+    @property
+    def tracking_uri(self) -> str:
+        """Where they are."""
+        return self._uri
+
     def students(self) -> list[StudentRun]:
         """The last run of each student and seed of each experiment, by name and seed."""
         wanted = self._selection.identities

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from pipeline import promoting
 from pipeline.promoting import Alias, promote, version_behind
@@ -142,13 +143,41 @@ def test_what_cannot_be_compared_is_the_users_mistake(
     assert told in answer["error"]
 
 
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("sqlite:///{there}/mlflow.db", "/nowhere/mlflow.db is not there; want the store that runs were written to"),
+        ("{there}", "/nowhere is not there"),
+        ("htp://mlflow", "found htp://mlflow, want an address of MLflow"),
+    ],
+)
+def test_a_store_that_is_not_there_is_not_made(tmp_path: Path, uri: str, told: str) -> None:
+    there = tmp_path / "nowhere"
+    where = ("--tracking-uri", uri.format(there=there), "--experiment", "exp")
+    assert told in compared(tmp_path, *where, code=2)["error"]
+    assert not there.exists()
+
+
 def test_without_a_configuration_the_server_and_the_experiment_are_to_be_named(tmp_path: Path) -> None:
     assert "none.yaml" in compared(tmp_path, "--experiment", "exp", code=2)["error"]
     answer = handstill("compare", "-c", str(tmp_path / "none.yaml"), "--out", str(tmp_path))
     assert (answer.code, "--experiment" in answer.err) == (2, True)
 
 
-def test_the_winner_of_a_real_run_is_promoted_by_compare_and_not_by_run(lab: Lab) -> None:
+def predicted(tmp_path: Path, network: str, *arguments: str, code: int = 0) -> dict[str, Any]:
+    """What `predict` says of a grey picture."""
+    Image.new("RGB", (64, 64), "grey").save(tmp_path / "grey.png")
+    box = ("--box", "10,10,40,40", "--out", str(tmp_path / "hands"), "--network", network)
+    answer = handstill("predict", str(tmp_path / "grey.png"), *box, "--json", *arguments)
+    assert answer.code == code, answer.err
+    return answer.document
+
+
+def hands_of(tmp_path: Path, network: str, *arguments: str) -> Any:
+    return predicted(tmp_path, network, *arguments)["inputs"][0]["hands"]
+
+
+def test_the_winner_of_a_real_run_is_promoted_by_compare_and_not_by_run(lab: Lab, tmp_path: Path) -> None:
     gate = {"dataset": "val", "baseline": "models:/tiny@champion", "limit": 10_000.0}
     lab.configure({"compare.gate": gate, "compare.promote": {}})
     lab.run()
@@ -157,13 +186,21 @@ def test_the_winner_of_a_real_run_is_promoted_by_compare_and_not_by_run(lab: Lab
     first = as_json(lab.config, "compare")["gate"]
     assert first["promoted"]["version"] == version_behind(target, Alias("tiny", "champion")) == "1"
     assert "There is no models:/tiny@champion yet" in first["sentences"][0]
+    (student,) = lab.workdir.glob(f"students/{first['winner']['student']}/seed-0/*/student")
+    named = hands_of(tmp_path, "models:/tiny@champion", "-c", str(lab.config))
+    assert named == hands_of(tmp_path, str(student))
+    exported = handstill("export", "models:/tiny/1", "--to", str(tmp_path / "winner"), "-c", str(lab.config), "--json")
+    assert (exported.code, exported.document["student"]) == (0, first["winner"]["student"]), "with what is known of it"
+    assert (
+        "no models:/tiny@second" in predicted(tmp_path, "models:/tiny@second", "-c", str(lab.config), code=2)["error"]
+    )
     again = as_json(lab.config, "compare")["gate"]
     assert again["promoted"]["sentence"].endswith("already, version 1.")
     lab.configure({"compare.gate": gate | {"limit": 0.0}})
     answer = handstill("compare", "-c", lab.config)
     assert answer.code == 1
     assert "gate: FAILED" in answer.out
-    assert "models:/tiny@champion stays version 1: nobody is registered who fails the gate." in answer.out
+    assert "models:/tiny@champion stays with version 1: who fails the gate is not registered." in answer.out
     assert version_behind(target, Alias("tiny", "champion")) == "1"
     client = MlflowClient(tracking_uri=target.uri)
     (version,) = client.search_model_versions("name = 'tiny'")
@@ -175,7 +212,7 @@ def test_the_winner_of_a_real_run_is_promoted_by_compare_and_not_by_run(lab: Lab
 
 
 def test_a_server_over_http_has_a_runs_students_their_comparison_and_the_winner(
-    tmp_path: Path, inline_workers: None
+    tmp_path: Path, inline_workers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with MlflowServer(tmp_path / "server") as server:
         compare = {"bootstrap": 100, "gate": {"dataset": "val", "limit": 10_000.0}, "promote": {}}
@@ -185,10 +222,15 @@ def test_a_server_over_http_has_a_runs_students_their_comparison_and_the_winner(
         own = as_json(config, "compare")
         assert own["gate"]["promoted"]["version"] == "1"
         elsewhere = compared(tmp_path, "--tracking-uri", server.uri, "--experiment", "tiny")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        fetched = hands_of(tmp_path, "models:/tiny@champion", "-c", str(tmp_path / "none.yaml"))
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
         client = MlflowClient(tracking_uri=server.uri)
         tiny = client.get_experiment_by_name("tiny").experiment_id
         comparisons = client.search_runs([tiny], "tags.`handstill.kind` = 'comparison'")
         files = [{found.path for found in client.list_artifacts(run.info.run_id)} for run in comparisons]
+    (winner,) = config.parent.glob(f"work/students/{own['gate']['winner']['student']}/seed-0/*/student")
+    assert fetched == hands_of(tmp_path, str(winner))
     assert elsewhere["students"] == own["students"]
     assert all({"report.html", "table.md", "differences.csv"} <= names for names in files)
     assert len(files) == 3, "of the run, of the command, and of the other one"

@@ -192,10 +192,11 @@ def test_hours_leave_out_the_pauses() -> None:
 
 def test_the_line_that_makes_a_run_again() -> None:
     tags = {COMMIT: "c0ffee", CONFIGURATION: "ab", COMMAND: "handstill -c 'my file.yaml' run --limit 3"}
-    found = origin(run("a-none", tags=tags, training={"a": "d1"}))
+    found = origin(run("a-none", tags=tags, training={"a": "d1"}), "sqlite:////my runs/mlflow.db")
     assert found["line"] == (
-        "git checkout c0ffee && mlflow artifacts download -r exp/a-none/0 -a configuration -d . && "
-        "mv configuration/pipeline.yaml 'my file.yaml' && handstill -c 'my file.yaml' run --limit 3"
+        "git checkout c0ffee && MLFLOW_TRACKING_URI='sqlite:////my runs/mlflow.db' mlflow artifacts download "
+        "-r exp/a-none/0 -a configuration -d . && mv configuration/pipeline.yaml again-exp/a-no.yaml && "
+        "handstill -c again-exp/a-no.yaml run --limit 3"
     )
     assert (found["training"], found["dirty"]) == ({"a": "d1"}, False)
-    assert origin(run("a-none"))["line"] == ""
+    assert origin(run("a-none"), "http://mlflow:5000")["line"] == ""

@@ -118,13 +118,13 @@ def test_what_one_seed_cannot_tell_is_said_and_not_drawn(store: Store, compariso
     rising = {"small-none": {0: [(50, 9.0), (100, 9.5)]}, "big-none": {0: [(50, 9.0), (100, 8.0)]}}
     write_report(Comparison(one.document, rising, {}), tmp_path / "one")
     page = (tmp_path / "one/report.html").read_text()
-    assert "cannot be told from one seed" in page
+    assert "takes several seeds" in page
     assert "Thin: 95% over seeds" not in page
     assert "After their lowest point these got worse again: small-none. The weights" in page
     write_report(comparison, tmp_path / "two")
     page = (tmp_path / "two/report.html").read_text()
     assert "Thin: 95% over seeds" in page
-    assert "cannot be told from one seed" not in page
+    assert "takes several seeds" not in page
     assert page.count("Student&#x27;s t of") == 1, "said of the first table only"
 
 
