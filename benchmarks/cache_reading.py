@@ -121,8 +121,8 @@ def write_cache(folder: Path, payload: Payload) -> Path:
 
 _SIZES = {
     "view": VIEWS, "one": 1, "matrix_row": 3, "matrix_column": 3, "joint_15": 15, "shape": 10, "s_tx_ty": 3,
-    "joint_21": 21, "xy": 2, "xyz": 3, "xy_confidence": 3, "xyz_confidence": 4, "axis_angle": 3, "axis_angle_45": 45, "width_height": 2,
-    "rgb": 3, "x_y_one": 3,
+    "joint_21": 21, "xy": 2, "xyz": 3, "xy_confidence": 3, "xyz_confidence": 4, "axis_angle": 3,
+    "axis_angle_45": 45, "width_height": 2, "rgb": 3, "x_y_one": 3,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from pipeline import promoting
+from pipeline import promoting, tracking
 from pipeline.promoting import Alias, promote, version_behind
-from pipeline.tracking import TrackingTarget
+from pipeline.tracking import Tracker, TrackingTarget
 from storage.errors import InputError, WorkError
 from tests.mlflow_server import MlflowServer
 from tests.pipeline.commands import as_json, handstill
@@ -242,3 +243,17 @@ def test_who_moves_to_another_server_is_told_where_the_records_are(lab: Lab, tmp
     answer = handstill("compare", "-c", lab.config)
     assert answer.code == 2
     assert "students' records are where tracking.uri pointed when they were trained" in answer.err
+
+
+def test_who_copied_a_workdir_is_told_where_its_artefacts_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's store names that place by its absolute path; a copy would go on writing into the original."""
+    said: list[str] = []
+    monkeypatch.setattr(tracking.log, "warning", lambda text, *values: said.append(text % values))
+    for name in ("first", "first", "copy", "copy"):
+        database = f"sqlite:///{tmp_path / name}/mlflow.db"
+        Tracker(TrackingTarget(database, "tiny", (tmp_path / name / "artifacts").as_uri()))
+        if name == "first":
+            assert said == []
+            shutil.copytree(tmp_path / "first", tmp_path / "copy", dirs_exist_ok=True)
+    (once,) = said
+    assert f"keeps its artefacts in {(tmp_path / 'first' / 'artifacts').as_uri()}, not beside it" in once
