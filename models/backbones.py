@@ -13,6 +13,7 @@ import torch
 from timm.models import reparameterize_model
 from torch import Tensor, nn
 
+from models.backbone_names import plugin
 from models.checkpoint import read_checkpoint
 from models.preprocessing import IMAGE_SIZE
 from storage.errors import InputError
@@ -83,6 +84,8 @@ def _anatomy(name: str) -> _Anatomy:
 
 def _create(name: str, **options: Any) -> Any:
     if not timm.is_model(name):
+        _load_plugin(name)
+    if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         listing = "`.venv/bin/python -c 'import timm; print(timm.list_models())'`"
@@ -91,6 +94,21 @@ def _create(name: str, **options: Any) -> Any:
     if config is not None and config.fixed_input_size:  # transformers are built for one size
         options["img_size"] = IMAGE_SIZE
     return timm.create_model(name, num_classes=0, **options)
+
+
+def _load_plugin(name: str) -> None:
+    """Import the package that brings a backbone of that name, if one does."""
+    found = plugin(name)
+    if found is None:
+        return
+    try:
+        found.load()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"backbone {name!r}: its entry point {found.value} does not load: {error}") from error
+    if not timm.is_model(name):
+        raise InputError(
+            f"backbone {name!r}: {found.value}, its entry point, registers no model of that name with timm"
+        )
 
 
 def _feature_map(body: Any, images: Tensor) -> Tensor:

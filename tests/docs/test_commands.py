@@ -92,7 +92,7 @@ def test_no_reason_is_left_over() -> None:
 
 def test_every_block_says_what_it_is() -> None:
     """Else a block of commands could stand where nothing looks at it."""
-    assert {block.language for block in blocks()} <= {"sh", "text", "yaml", "python"}
+    assert {block.language for block in blocks()} <= {"sh", "text", "toml", "yaml", "python"}
     begins = re.compile(r"^(\$|handstill|make|python|pip|ray|kubectl|mlflow)\s")
     hidden = [b for b in blocks("text") if begins.match(b.text) and b.name not in ("verbs", "missing")]
     assert [f"{block.page}: {block.text[:60]}" for block in hidden if not block.text.startswith("handstill:")] == []

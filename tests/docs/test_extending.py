@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -24,7 +26,7 @@ from tests.tiny_networks import tiny_hand_model
 from trainer.config import StudentRecipe
 from trainer.learner import keys_for, student_spec
 
-PAGE = "docs/extending.md"
+PAGE, ROOT = "docs/extending.md", Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -66,6 +68,37 @@ def test_a_backbone_of_ones_own(example: types.ModuleType) -> None:
     assert student.feature_shape == (64, 16, 16)
     student(torch.rand(2, 3, 256, 256))["keypoints_3d"].sum().backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is not None for parameter in student.backbone.parameters())
+
+
+def test_a_backbone_of_a_package(tmp_path: Path) -> None:
+    """As pip installs it: the module, and its entry point beside it."""
+    (module,) = blocks("python", PAGE, "backbone")
+    (tmp_path / "my_networks.py").write_text(module.text)
+    about = tmp_path / "my_networks-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-networks\nVersion: 1.0\n")
+    (declared,) = [block.text for block in blocks("toml", PAGE)]
+    table, _, line = declared.partition("\n")
+    assert table == '[project.entry-points."handstill.backbones"]'
+    name, value, *_ = line.replace('"', "").split("=")
+    (about / "entry_points.txt").write_text(
+        f"[handstill.backbones]\n{name}={value.partition('#')[0]}\nbroken = no_such\n"
+    )
+    program = (
+        "from models.backbone_names import may_be_known\nfrom models.backbones import timm_feature_shape\n"
+        "assert may_be_known('strided') and not may_be_known('stridden')\n"
+        "print(timm_feature_shape('strided'))\ntimm_feature_shape('broken')"
+    )
+    ways = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": ways},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "(64, 16, 16)\n"
+    assert "backbone 'broken': its entry point no_such does not load: No module named 'no_such'" in done.stderr
 
 
 def test_a_teacher(example: types.ModuleType, tmp_path: Path) -> None:
