@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = build_parser().parse_args(given)
+        arguments, unknown = build_parser().parse_known_args(given)
+        if unknown:
+            arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # with the verb's own usage
     except UsageError as error:
         return _misused(error, in_json="--json" in given)
     set_up_logging(verbose=arguments.verbose, log_format=arguments.log_format)
@@ -123,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def verb(name: str, command: Command, help_text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=help_text, description=help_text, parents=[_global_options()])
-        added.set_defaults(command=command)
+        added.set_defaults(command=command, parser=added)
         return added
 
     check = verb("check", _check, "validate the configuration and print it resolved")

@@ -233,7 +233,7 @@ def _outcome(document: dict[str, Any]) -> str:
     count, gate = len(document["by_student"]), document["gate"]
     who = "1 student" if count == 1 else f"{count} students"
     verdict = f", gate {'passed' if gate['passed'] else 'failed'}" if gate["checks"] else ""
-    return f"comparison of {who}: {best_of(document) or 'none scored'}{verdict}"
+    return f"{best_of(document) or 'none scored'}{verdict}: comparison of {who}"  # lists cut the end off
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:

@@ -147,7 +147,29 @@ def predict(request: PredictRequest) -> dict[str, Any]:
             given = None if boxes is None else boxes[photo.path]
             inputs.append(_one(predictor, photo, given, request, facts, alone=len(photos) == 1))
             progress.advance()
+    _warn_of_dots(inputs)
     return {"ok": all(each["status"] != "failed" for each in inputs), **facts, "inputs": inputs}
+
+
+def _warn_of_dots(inputs: Sequence[Mapping[str, Any]]) -> None:
+    """Once, however many files there are."""
+    found = [(Path(each["path"]).name, *_dots(each)) for each in inputs if each["status"] == "done"]
+    shrunk = {name: dots for name, dots, _ in found if dots}
+    if shrunk:
+        log.warning(
+            "%d of %d hands (in %s): the network shrank the hand to a dot, which is what one does that was trained too "
+            "little to know which way it points; its joints and mesh there are of no use",
+            sum(shrunk.values()),
+            sum(count for *_, count in found),
+            ", ".join(shrunk) if len(shrunk) <= 3 else f"{len(shrunk)} of {len(inputs)} files",
+        )
+
+
+def _dots(each: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of a file's hands are dots, and how many hands there are."""
+    if each["kind"] == "video":
+        return each["dots_total"], each["hands_total"]
+    return sum(hand["is_dot"] for hand in each["hands"]), len(each["hands"])
 
 
 def _check_numbers(request: PredictRequest) -> None:
@@ -177,15 +199,6 @@ def _one(
         log.warning("%s", error)
         return {**about, "status": "failed", "error": str(error), "folder": None}
     found = document["hands_total"] if photo.is_video else len(document["hands"])
-    dots = document["dots_total"] if photo.is_video else sum(hand["is_dot"] for hand in document["hands"])
-    if dots:
-        log.warning(
-            "%s: %d of %d hands: the network shrank the hand to a dot, which is what one does that was trained too "
-            "little to know which way it points; its joints and mesh there are of no use",
-            photo.path,
-            dots,
-            found,
-        )
     told = {key: value for key, value in document.items() if key != "conventions"}
     return {**about, "status": "done" if found else "no-hands", "error": None, "folder": str(folder), **told}
 

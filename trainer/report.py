@@ -151,7 +151,10 @@ def _scores_html(document: Document, notes: Sequence[str]) -> str:
     machines = document["machines"]
     where = paragraph(f"Speeds: {machines[0]}.") if len(machines) == 1 else ""
     return (
-        table_html(tables.scores(document), apart=2, grouped=True) + warned + paragraph(SECTION_NOTES["scores"]) + where
+        table_html(tables.scores(document), apart=2, grouped=True, best=tables.best_cells(document))
+        + warned
+        + paragraph(SECTION_NOTES["scores"])
+        + where
     )
 
 

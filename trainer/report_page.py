@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 
 from trainer.report_tables import Rows
@@ -25,7 +25,7 @@ a{color:#0b5cad}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
 td,th{padding:.32rem .45rem;border-bottom:1px solid #d8dee4;text-align:right;white-space:nowrap;vertical-align:top}
 th{text-align:right;vertical-align:bottom;white-space:normal;min-width:3rem;color:#4a5460;font-weight:600}
-td.l,th.l{text-align:left} td.l:last-child{white-space:normal;min-width:11rem}
+td.best{font-weight:700} td.l,th.l{text-align:left} td.l:last-child{white-space:normal;min-width:11rem}
 td:first-child,th:first-child{position:sticky;left:0;background:#fff;border-right:1px solid #d8dee4}
 tr.apart td,tr.apart td:first-child{background:#f3f5f7}
 .passed{color:#116329} .failed{color:#a40e26} .verdict{font-weight:600;font-size:1.1rem}
@@ -42,7 +42,8 @@ overflow-wrap:anywhere}
 @media print{nav,summary{display:none} .wide{overflow:visible} body{max-width:none}}
 """
 SECTION_NOTES = {
-    "scores": "Means over seeds ± standard deviation. fps: pictures a second, one at a time, at the median.",
+    "scores": "Means over seeds ± standard deviation; a metric's best student in bold. fps: pictures a second, one at "
+    "a time, at the median.",
     "pairs": "On the same samples, student minus the other: below 0 mm the student is better. Over samples: bootstrap, "
     "resampled by picture, of the mean over seeds; whether these weights differ. Each interval holds alone, not all of "
     "them together.",
@@ -73,27 +74,32 @@ def section(anchor: str, heading: str, inner: str) -> str:
     return f"<section id={anchor}><h2>{html.escape(heading)}</h2>{inner}</section>"
 
 
-def table_html(rows: Rows, *, apart: int = 0, left: int = 2, grouped: bool = False) -> str:
+def table_html(
+    rows: Rows, *, apart: int = 0, left: int = 2, grouped: bool = False, best: Collection[tuple[int, int]] = ()
+) -> str:
     """A table that scrolls sideways by itself, without its empty columns.
 
     apart: so many rows (the teacher's, the mean pose's) stand out; left: so many columns hold words; grouped: what
-    stands before a colon in headers beside each other is set over them once.
+    stands before a colon in headers beside each other is set over them once; best: (row, column) of `rows` in bold.
     """
-    rows = [[row[at] for at in _filled(rows)] for row in rows]
+    filled = _filled(rows)
+    bold = {(row, filled.index(column)) for row, column in best if column in filled}
+    rows = [[row[at] for at in filled] for row in rows]
 
-    def cell(tag: str, at: int, text: str, last: bool) -> str:
+    def cell(tag: str, number: int, at: int, text: str, last: bool) -> str:
         words = at < left or (last and any(sign.isalpha() for sign in text) and " " in text)
-        return f"<{tag}{' class=l' if words else ''}>{html.escape(text)}</{tag}>"
+        kind = " class=l" if words else " class=best" if (number, at) in bold else ""
+        return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
 
-    def line(tag: str, row: Sequence[str]) -> str:
-        return "".join(cell(tag, at, text, at == len(row) - 1) for at, text in enumerate(row))
+    def line(tag: str, number: int, row: Sequence[str]) -> str:
+        return "".join(cell(tag, number, at, text, at == len(row) - 1) for at, text in enumerate(row))
 
     body = "".join(
-        f"<tr{' class=apart' if at < apart and row[0] in ('teacher', 'mean pose') else ''}>{line('td', row)}</tr>"
-        for at, row in enumerate(rows[1:])
+        f"<tr{' class=apart' if at <= apart and row[0] in ('teacher', 'mean pose') else ''}>{line('td', at, row)}</tr>"
+        for at, row in enumerate(rows[1:], start=1)
     )
     over, header = _over(rows[0]) if grouped else ("", rows[0])
-    head = f"{over}<tr>{line('th', header)}</tr>"
+    head = f"{over}<tr>{line('th', 0, header)}</tr>"
     return f"<div class=wide><table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
 
 

@@ -7,18 +7,20 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.config import METRIC_TITLES, METRICS
+from trainer.config import METRIC_TITLES, METRICS, MetricName
 from trainer.export_files import TRAINED
 from trainer.origins import digests
 
 Document = dict[str, Any]
+_SCORES_FROM = 5
+"""The column of `scores` with the first metric."""
 Rows = list[list[str]]
 """The first is the header."""
 
 
 def scores(document: Document) -> Rows:
     """A line for the teacher, the mean pose and each student; means ± deviation over seeds."""
-    columns = [(d, m) for d in scored_sets(document) for m in METRICS if _anyone_has(document, d, m)]
+    columns = _columns(document)
     header = ["student", "strategy", "M params", "fps", "seeds", *(f"{d}: {METRIC_TITLES[m]}" for d, m in columns)]
     teacher = document["teacher"]
     lines = [["teacher", "", number(teacher["params_m"]), number(teacher["fps"]), ""]]
@@ -31,6 +33,20 @@ def scores(document: Document) -> Rows:
         line = [group["name"], group["strategy"], number(group["params_m"]), number(group["fps"]), str(group["seeds"])]
         lines.append(line + [_with_std(group, d, m) for d, m in columns])
     return [header, *lines]
+
+
+def best_cells(document: Document) -> set[tuple[int, int]]:
+    """(row, column) of `scores` where a student has the best mean of a metric; of several equal ones all."""
+    columns, groups = _columns(document), document["by_student"]
+    first = 2 + bool(document["teacher"]["mean_pose"])
+    found = set()
+    for column, (dataset, metric) in enumerate(columns, start=_SCORES_FROM):
+        values = [group["metrics"].get(dataset, {}).get(metric) for group in groups]
+        known = [value for value in values if value is not None]
+        if len(known) > 1:
+            best = min(known) if metric.endswith("_mm") else max(known)
+            found |= {(first + at, column) for at, value in enumerate(values) if value == best}
+    return found
 
 
 def of_one_set(document: Document) -> Rows | None:
@@ -182,6 +198,11 @@ def as_latex(rows: Rows) -> str:
 
 def _spread(interval: Document) -> str:
     return "" if interval["low"] is None else f"{signed(interval['low'])} … {signed(interval['high'])}"
+
+
+def _columns(document: Document) -> list[tuple[str, MetricName]]:
+    """Data set and metric of each column of scores."""
+    return [(d, m) for d in scored_sets(document) for m in METRICS if _anyone_has(document, d, m)]
 
 
 def _anyone_has(document: Document, dataset: str, metric: str) -> bool:

@@ -265,6 +265,13 @@ def test_the_plan_says_why_the_report_is_to_be_made_again(lab: Lab, changes: dic
     assert f"changed: the report, {told}" in handstill("plan", "-c", lab.config).out
 
 
+def test_an_option_that_a_verb_has_not_shows_what_it_has() -> None:
+    answer = handstill("predict", "a.jpg", "--bx", "1,2,3,4", "--json")
+    assert answer.code == 2
+    assert "usage: handstill predict" in answer.err
+    assert answer.document["error"] == "handstill predict: error: unrecognized arguments: --bx 1,2,3,4"
+
+
 def test_the_version_is_told_without_a_verb() -> None:
     answer = handstill("--version")
     assert (answer.code, answer.out) == (0, f"handstill {version('handstill')}\n")
@@ -350,7 +357,9 @@ def test_show_a_sample(lab: Lab, tmp_path: Path) -> None:
         pixels = np.asarray(page)
     for view, half in enumerate((pixels[:SHOWN_PX], pixels[SHOWN_PX:])):
         left, right = half[:, :SHOWN_PX], half[:, SHOWN_PX:]
-        assert np.array_equal(left, right), "stored and made again look the same"
+        caption = slice(0, 24)
+        assert not np.array_equal(left[caption], right[caption]), "which is which stands there"
+        assert np.array_equal(left[24:], right[24:]), "stored and made again look the same"
         plain = Image.fromarray(sample["pictures"][view]).resize((SHOWN_PX, SHOWN_PX))
         assert 0.5 < (left == np.asarray(plain)).mean() < 1, "joints are drawn over the picture"
     text = handstill("show", sample_id, "-c", lab.config, "--view", "1").out

@@ -131,7 +131,7 @@ def test_a_hand_that_is_shrunk_to_a_dot_is_called_one(student: Path, photos: Pat
     shrunk.save(tmp_path / "shrunk")
     answer = handstill("predict", photos / "a.jpg", "--network", tmp_path / "shrunk", "--box", BOX, "--out", tmp_path)
     assert answer.code == 0
-    assert "a.jpg: 1 of 1 hands: the network shrank the hand to a dot" in answer.err
+    assert "1 of 1 hands (in a.jpg): the network shrank the hand to a dot" in answer.err
     assert "a dot" in answer.out
     written = json.loads((tmp_path / "a.jpg.hands/hands.json").read_text())["hands"][0]
     assert written["is_dot"]

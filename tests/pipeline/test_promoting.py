@@ -110,8 +110,8 @@ def test_other_experiments_are_compared_without_a_configuration(store: Store, tm
     kinds = store.client.search_runs([store.experiments["exp"]], "tags.`handstill.kind` = 'comparison'")
     assert len(kinds) == 2
     assert {run.info.run_name for run in kinds} == {
-        "comparison of 3 students: b-none 8 mm PA-MPJPE",
-        "comparison of 1 student: a-none 9 mm PA-MPJPE",
+        "b-none 8 mm PA-MPJPE: comparison of 3 students",
+        "a-none 9 mm PA-MPJPE: comparison of 1 student",
     }
     ends = {run.info.run_id: run.info.end_time for run in kinds}
     compared(tmp_path, *where)

@@ -15,7 +15,7 @@ from trainer.compare import Comparison, compare, pareto
 from trainer.config import CompareConfig
 from trainer.pictures import sheet
 from trainer.report import write_report
-from trainer.report_tables import warnings
+from trainer.report_tables import best_cells, scores, warnings
 from trainer.runs import Selection
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow 3.17 on SQLAlchemy 2.1
@@ -135,6 +135,18 @@ def test_the_one_data_set_is_named_once(comparison: Comparison, tmp_path: Path) 
     assert (tmp_path / "table.csv").read_text().startswith('student,strategy,M params,fps,seeds,"val: PA-MPJPE, mm"')
     page = (tmp_path / "report.html").read_text()
     assert "<th class=over colspan=5></th><th class=over colspan=2>val</th>" in page
+
+
+def test_the_best_student_of_each_metric_is_in_bold(comparison: Comparison, tmp_path: Path) -> None:
+    rows, best = scores(comparison.document), best_cells(comparison.document)
+    assert {(rows[row][0], rows[0][column]) for row, column in best} == {
+        ("big-none", "val: PA-MPJPE, mm"),
+        *((name, "val: F@5") for name in ERRORS),  # all the same
+    }
+    write_report(comparison, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<td class=best>7.50 ± 0.707</td>") == 1
+    assert page.count("<td class=best>") == 4
 
 
 def test_students_of_one_network_share_the_mean_of_their_speeds(tmp_path: Path) -> None:
