@@ -21,7 +21,10 @@ th.over{text-align:center;position:static!important;border-bottom:2px solid #d8d
 .subtitle,figcaption,.note{color:#4a5460;font-size:.9rem} .subtitle{margin:.2rem 0 1rem}
 nav{font-size:.9rem;display:flex;flex-wrap:wrap;gap:.3rem 1rem;border-block:1px solid #d8dee4;padding:.5rem 0}
 a{color:#0b5cad}
-.wide{overflow-x:auto;-webkit-overflow-scrolling:touch;margin:.8rem 0}
+.wide{overflow-x:auto;-webkit-overflow-scrolling:touch;margin:.8rem 0;
+background:linear-gradient(to left,#fff 40%,#fff0) right/2.5rem 100% no-repeat local,
+linear-gradient(to left,#0004,#0000) right/1rem 100% no-repeat scroll}
+@media print{.wide{background:none}}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
 td,th{padding:.32rem .45rem;border-bottom:1px solid #d8dee4;text-align:right;white-space:nowrap;vertical-align:top}
 th{text-align:right;vertical-align:bottom;white-space:normal;min-width:3rem;color:#4a5460;font-weight:600}
