@@ -66,7 +66,18 @@ KEYS = {
     "train.prior.mocap": ["mocap"],
 }
 NO_FILE_ARGUMENTS = {
-    *("--json", "--verbose", "--help", "--schema", "--rehash", "--limit", "--view", "--no-teacher", "--no-sources"),
+    *(
+        "--json",
+        "--verbose",
+        "--help",
+        "--version",
+        "--schema",
+        "--rehash",
+        "--limit",
+        "--view",
+        "--no-teacher",
+        "--no-sources",
+    ),
     *("--on", "--seed", "--with-hand-model", "--int8", "--no-wait", "--follow", "--stop", "--stale", "--yes"),
     *(
         "--box",
