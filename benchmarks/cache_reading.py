@@ -99,14 +99,14 @@ def write_cache(folder: Path, payload: Payload) -> Path:
     features = {"grid": "8x8-paper", "encoding": payload.dtype.name}
     cache = CacheFolder.create(folder, {"kind": "benchmark", "role": "train", "features": features})
     ids = [f"bench:{number:08d}#0" for number in range(payload.samples)]
-    plans, records = [], {}
+    plans, records, zeros = [], {}, _zeros()
     for start in range(0, payload.samples, SAMPLES_PER_SHARD):
         rows = range(start, min(start + SAMPLES_PER_SHARD, payload.samples))
         name = sha256_bytes(f"shard {start}".encode())
         partial = partial_path(cache.shard_path(name))
         with ShardWriter(partial) as writer:
             for row in rows:
-                values = _zeros() | {layout.FEATURES: payload.sample(row)}
+                values = zeros | {layout.FEATURES: payload.sample(row)}
                 if payload.dtype == np.int8:
                     values[layout.FEATURES_SCALE] = np.ones((VIEWS, *payload.shape[:2]), np.float32)
                 writer.append(ids[row], values, [b"no picture"] * VIEWS)

@@ -58,22 +58,23 @@ def report_identity(experiment: Experiment, states: list[EvaluationState]) -> di
 
 def plan_compare(experiment: Experiment) -> StagePlan:
     """Whether the report shows the students and scores that there are now."""
-    identity = report_identity(experiment, evaluation_states(experiment))
+    states = evaluation_states(experiment)
+    identity = report_identity(experiment, states)
     made = experiment.workdir.report / IDENTITY
     if identity is not None and made.is_file() and made.read_bytes() == canonical_json(identity):
         return StagePlan(total=1, todo=0, unit="report")
     if not made.is_file():
         return StagePlan(1, 1, "report", {"new": 1}, why=("new: the report",), estimated=identity is None)
-    why = f"changed: the report, which {_other_than(made, experiment, identity)}"
+    why = f"changed: the report, which {_other_than(made, {state.label for state in states}, identity)}"
     return StagePlan(1, 1, "report", {"changed": 1}, why=(why,), estimated=identity is None)
 
 
-def _other_than(made: Path, experiment: Experiment, identity: dict[str, Any] | None) -> str:
-    """In what the report that is there differs from the one that is wanted, whose identity is None until all have
-    scores."""
+def _other_than(made: Path, now: set[str], identity: dict[str, Any] | None) -> str:
+    """In what the report that is there differs from the one that is wanted, which is about `now` and whose identity is
+    None until all of them have scores."""
     try:
         before = json.loads(made.read_bytes())
-        was, now = set(before["evaluations"]), {state.label for state in evaluation_states(experiment)}
+        was = set(before["evaluations"])
     except (ValueError, KeyError, TypeError):
         return "is of another version"
     if not (was & now) - {"teacher"}:

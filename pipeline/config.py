@@ -14,6 +14,7 @@ from pipeline.tracking_uri import without_password
 from stages.config import AuditConfig, DatasetConfig, SynthesiseConfig, TeacherConfig
 from storage.config import CacheConfig, Section
 from trainer.config import (
+    REGISTERED,
     CompareConfig,
     DistillConfig,
     EvaluateConfig,
@@ -181,7 +182,7 @@ def disagreements(document: Mapping[str, Any]) -> list[str]:
         if name not in students
     ]
     baseline = gate.get("baseline")
-    if isinstance(baseline, str) and not baseline.startswith("models:/") and baseline not in students:
+    if isinstance(baseline, str) and not baseline.startswith(REGISTERED) and baseline not in students:
         wrong.append(f"compare.gate.baseline: no student is named {baseline!r}{did_you_mean(baseline, students)}")
     if (
         _mapping(document.get("compare")).get("promote")

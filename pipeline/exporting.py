@@ -17,6 +17,7 @@ from pipeline.experiment import Experiment, open_experiment
 from pipeline.tables import human_bytes
 from pipeline.training import StudentState, student_states
 from storage.errors import InputError
+from trainer.config import REGISTERED
 from trainer.job import RESULT, STUDENT, read_result, student_folder
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def export(config: Path, wish: Wish) -> dict[str, Any]:
     """
     from trainer.export import export_student
 
-    if wish.what.startswith("models:/"):
+    if wish.what.startswith(REGISTERED):
         from pipeline.registered import registered_student
 
         with registered_student(wish.what, config) as folder:

@@ -12,6 +12,7 @@ from models.sizes import HAMER
 from models.student import Student
 from storage.errors import InputError
 from storage.inputs import bring
+from trainer.config import REGISTERED
 from trainer.job import STUDENT, student_folder
 
 TEACHER = "teacher"
@@ -43,7 +44,7 @@ def open_network(what: str, config: Path, mano_model: str | None = None) -> Name
     mano_model: the hand model of a checkpoint that holds none: a file or `open-hand`.
     Raises InputError where there is none, DamageError when its files do not belong together.
     """
-    if what.startswith("models:/"):
+    if what.startswith(REGISTERED):
         from pipeline.registered import registered_student
 
         with registered_student(what, config) as folder:

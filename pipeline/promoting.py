@@ -20,6 +20,8 @@ from mlflow.tracking import MlflowClient
 from pipeline.registering import IDENTITY, make_registered_model, model_of_run
 from pipeline.tracking import TrackingTarget, limit_requests
 from storage.errors import InputError, WorkError
+from trainer.config import REGISTERED
+from trainer.runs import registered_version
 
 log = logging.getLogger("handstill")
 
@@ -33,7 +35,7 @@ class Alias:
 
     @property
     def uri(self) -> str:
-        return f"models:/{self.model}@{self.alias}"
+        return f"{REGISTERED}{self.model}@{self.alias}"
 
 
 def version_behind(target: TrackingTarget, alias: Alias) -> str | None:
@@ -106,12 +108,8 @@ def _version_of(client: MlflowClient, model: str, winner: Mapping[str, Any]) -> 
 
 
 def _version_behind(client: MlflowClient, alias: Alias) -> str | None:
-    try:
-        return str(client.get_model_version_by_alias(alias.model, alias.alias).version)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
+    found = registered_version(client, alias.uri)
+    return None if found is None else str(found.version)
 
 
 def _uri(target: TrackingTarget) -> str:

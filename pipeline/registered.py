@@ -22,7 +22,7 @@ from pipeline.tracking import limit_requests, tracking_target
 from pipeline.tracking_uri import URI_VARIABLE, existing, named_in_environment
 from storage.errors import InputError, WorkError
 from trainer.job import STUDENT
-from trainer.runs import split_registered
+from trainer.runs import registered_version
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def registered_student(what: str, config: Path) -> Iterator[Path]:
     uri, students = _place(what, config)
     existing(uri, URI_VARIABLE)
     with _answering(uri, what):
-        version = _version(MlflowClient(tracking_uri=uri), what)
+        version = registered_version(MlflowClient(tracking_uri=uri), what)
     if version is None:
         raise InputError(f"the model registry at {uri} has no {what}; its page Models lists what it has")
     trained = None if students is None else _trained_here(version, students)
@@ -73,16 +73,6 @@ def _place(what: str, config: Path) -> tuple[str, Path | None]:
             f"{what}: nobody says where its registry is; name the pipeline file with -c, or set {URI_VARIABLE}"
         )
     return uri, None
-
-
-def _version(client: MlflowClient, what: str) -> ModelVersion | None:
-    name, alias, version = split_registered(what)
-    try:
-        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
 
 
 def _trained_here(version: ModelVersion, students: Path) -> Path | None:

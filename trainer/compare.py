@@ -11,7 +11,7 @@ import numpy as np
 from storage.errors import InputError
 from trainer.breakdown import by_difficulty, by_joint
 from trainer.config import METRIC_TITLES, METRICS, CompareConfig, MetricName
-from trainer.gate import Judge, better, find_baseline, gate_document
+from trainer.gate import Judge, best_value, better, find_baseline, gate_document
 from trainer.origins import cost, machines, origin
 from trainer.pairing import Group, all_pairs, budget_differences, recipe_differences, same_truth
 from trainer.runs import Runs, Scores, Selection, StudentRun, by_name, datasets_of, whole
@@ -99,12 +99,12 @@ def headline(dataset: str, groups: Sequence[Document]) -> MetricName | None:
 
 def best_of(document: Document) -> str | None:
     """Who is best in the headline metric on the first data set, and with what score; None where nobody has one."""
-    for dataset in sorted({dataset for group in document["by_student"] for dataset in group["metrics"]}):
+    for dataset in document["pareto"]:
         metric = headline(dataset, document["by_student"])
-        scored = [(g["name"], v) for g in document["by_student"] if (v := g["metrics"].get(dataset, {}).get(metric))]
+        scored = {g["name"]: v for g in document["by_student"] if (v := g["metrics"].get(dataset, {}).get(metric))}
         if metric is not None and scored:
-            pick = min if better(metric, 0, 1) else max
-            name, value = pick(scored, key=lambda each: each[1])
+            value = best_value(metric, list(scored.values()))
+            name = next(name for name, score in scored.items() if score == value)
             title, _, unit = METRIC_TITLES[metric].partition(", ")
             return " ".join(filter(None, (name, f"{value:.4g}", unit, title)))
     return None

@@ -337,6 +337,10 @@ METRICS: tuple[MetricName, ...] = get_args(MetricName)
 """The metrics of a data set, in the order in which they are shown (trainer.scores)."""
 
 
+TRAINED = 0.3
+"""Of the mean pose's error: whoever takes less off has learned too little for use, and for telling strategies apart."""
+REGISTERED = "models:/"
+"""What the name of a registered model's version begins with: models:/<name>/<version>, models:/<name>@<alias>."""
 METRIC_TITLES: dict[MetricName, str] = {
     "pa_mpjpe_mm": "PA-MPJPE, mm", "pa_mpvpe_mm": "PA-MPVPE, mm", "mpjpe_mm": "MPJPE, mm", "f5": "F@5", "f15": "F@15",
     "auc": "AUC", "auc_mesh": "AUC mesh", "pck_05": "PCK@.05", "pck_10": "PCK@.10", "pck_15": "PCK@.15",

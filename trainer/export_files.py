@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from models.hand_model import FINGERTIP_VERTICES, OPEN_HAND, hand_model_digest, load_hand_model
+from trainer.config import TRAINED
 
 DESCRIPTION, RUNTIME, HAND_MODEL, EXPORT = "preprocessing.json", "handstill_numpy.py", "hand_model.npz", "export.json"
 FORMAT_VERSION = 1
@@ -19,8 +20,6 @@ JOINT_ORDER = (
 """Of keypoints: OpenPose's 21."""
 POSE_ORDER = tuple(f"{finger}_{i}" for finger in ("index", "middle", "pinky", "ring", "thumb") for i in (1, 2, 3))
 """Of hand_pose: MANO's 15, from the palm outwards."""
-TRAINED = 0.3
-"""Of the mean pose's error: whoever takes less off has learned too little for use, and for telling strategies apart."""
 TIGHT_BOX_FACTOR = 2.0
 """The crop's side over the longer side of a tight box (models.crops.HINT_BOX)."""
 

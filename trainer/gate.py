@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from storage.errors import InputError
-from trainer.config import METRIC_TITLES, GateConfig
+from trainer.config import METRIC_TITLES, REGISTERED, GateConfig
 from trainer.pairing import Group, Paired, paired, same_truth
-from trainer.runs import REGISTERED, Runs, Scores, split_registered
+from trainer.runs import Runs, Scores, split_registered
 
 Document = dict[str, Any]
 
@@ -234,6 +234,11 @@ def _winner(judge: Judge, ranked: Sequence[str], groups: Mapping[str, Group]) ->
 def better(metric: str, a: float, b: float) -> bool:
     """Whether a is better than b: errors in mm are small, scores large."""
     return a < b if metric.endswith("_mm") else a > b
+
+
+def best_value(metric: str, values: Sequence[float]) -> float:
+    """The best of several values, of which there is one at least."""
+    return min(values) if better(metric, 0, 1) else max(values)
 
 
 def _worse_is(metric: str) -> int:

@@ -7,8 +7,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.config import METRIC_TITLES, METRICS, MetricName
-from trainer.export_files import TRAINED
+from trainer.config import METRIC_TITLES, METRICS, TRAINED, MetricName
+from trainer.gate import best_value
 from trainer.origins import digests
 
 Document = dict[str, Any]
@@ -44,7 +44,7 @@ def best_cells(document: Document) -> set[tuple[int, int]]:
         values = [group["metrics"].get(dataset, {}).get(metric) for group in groups]
         known = [value for value in values if value is not None]
         if len(known) > 1:
-            best = min(known) if metric.endswith("_mm") else max(known)
+            best = best_value(metric, known)
             found |= {(first + at, column) for at, value in enumerate(values) if value == best}
     return found
 

@@ -20,12 +20,13 @@ from typing import Any
 
 import requests
 from mlflow.entities import Metric, Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from storage.errors import DamageError, InputError, WorkError
 from trainer.cases import Columns, read_table
-from trainer.config import METRICS
+from trainer.config import METRICS, REGISTERED
 
 _NOT_DATA_SETS = ("validation", "label", "teacher", "latency_ms")
 _DATA_SET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
@@ -35,8 +36,8 @@ _PAGE = 200
 _MAX_BYTES = 1 << 30
 """Of an artifact that is read: samples tables of a million samples have a quarter of it."""
 _PNG = b"\x89PNG\r\n\x1a\n"
-REGISTERED = "models:/"
-"""What the name of a registered model's version begins with: models:/<name>/<version>, models:/<name>@<alias>."""
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""What MLflow answers of a run, version or alias that is not there."""
 
 Scores = dict[str, dict[str, float]]
 
@@ -133,17 +134,14 @@ class Runs:
         Raises:
             InputError: the name is neither of the two, or the version's run is gone.
         """
-        model, alias, version = split_registered(name)
         with self._reading():
+            found = registered_version(self._client, name)
+            if found is None:
+                return None
             try:
-                found = (
-                    self._client.get_model_version_by_alias(model, alias)
-                    if alias
-                    else self._client.get_model_version(model, version)
-                )
                 run = self._client.get_run(found.run_id or "")
             except MlflowException as error:
-                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                if error.error_code in _ABSENT:
                     return None
                 raise
         return _student_run(run, self._experiments.get(run.info.experiment_id, "")), str(found.version)
@@ -265,11 +263,25 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
+def registered_version(client: MlflowClient, name: str) -> ModelVersion | None:
+    """The version that `models:/<name>@<alias>` or `models:/<name>/<version>` names; None: there is none.
+
+    Raises InputError where the name is neither of the two; what the client raises where the store does not answer.
+    """
+    model, alias, version = split_registered(name)
+    try:
+        return client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, version)
+    except MlflowException as error:
+        if error.error_code in _ABSENT:
+            return None
+        raise
+
+
 def split_registered(name: str) -> tuple[str, str, str]:
     """Model, alias and version of `models:/<name>@<alias>` or `models:/<name>/<version>`; one of the last two is
     empty. InputError where it is neither."""
     what = name.removeprefix(REGISTERED)
-    model, at, alias = what.partition("@")
+    model, at, alias = what.rpartition("@")  # a model's name may have one, an alias not
     if at and model and alias and "/" not in alias:
         return model, alias, ""
     model, _, version = what.rpartition("/")

@@ -194,7 +194,11 @@ def test_whoever_passes_below_the_mean_pose_is_said_to_be_of_no_use(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("name", "parts"),
-    [("models:/a-b@champion", ("a-b", "champion", "")), ("models:/a b/12", ("a b", "", "12"))],
+    [
+        ("models:/a-b@champion", ("a-b", "champion", "")),
+        ("models:/a b/12", ("a b", "", "12")),
+        ("models:/a@b@c", ("a@b", "c", "")),
+    ],
 )
 def test_names_of_registered_versions(name: str, parts: tuple[str, str, str]) -> None:
     assert split_registered(name) == parts
