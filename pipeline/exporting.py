@@ -53,7 +53,7 @@ def export(config: Path, wish: Wish) -> dict[str, Any]:
         from pipeline.registered import registered_student
 
         with registered_student(wish.what, config) as folder:
-            job = _of_folder(config, replace(wish, what=str(folder)), told=wish.what)
+            job = _of_registry(config, wish, folder)
             return _document(job, export_student(job))
     named_by_path = Path(wish.what).exists() and not _names_a_student(config, wish.what)
     job = _of_folder(config, wish) if named_by_path else _of_name(open_experiment(config), wish)
@@ -160,6 +160,16 @@ def _int8(training: tuple[EvaluationSet, ...], evaluation: tuple[EvaluationSet, 
     if not training:
         raise InputError("--int8: no training set is cached to calibrate on. Run `handstill run teach`")
     return Int8(calibrate_on=training, measure_on=evaluation or training)
+
+
+def _of_registry(config: Path, wish: Wish, folder: Path) -> ExportJob:
+    """The job for a student that the registry named: one that the configuration has, with its scores and licences."""
+    if config.is_file() and wish.seed is None:
+        experiment = open_experiment(config)
+        for state in student_states(experiment, cache_state(experiment, "train")):
+            if state.done and state.folder / STUDENT == folder:
+                return _job(experiment, wish, state, _scores(experiment))
+    return _of_folder(config, replace(wish, what=str(folder)), told=wish.what)
 
 
 def _of_folder(config: Path, wish: Wish, told: str | None = None) -> ExportJob:

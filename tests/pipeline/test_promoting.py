@@ -191,7 +191,10 @@ def test_the_winner_of_a_real_run_is_promoted_by_compare_and_not_by_run(lab: Lab
     named = hands_of(tmp_path, "models:/tiny@champion", "-c", str(lab.config))
     assert named == hands_of(tmp_path, str(student))
     exported = handstill("export", "models:/tiny/1", "--to", str(tmp_path / "winner"), "-c", str(lab.config), "--json")
-    assert (exported.code, exported.document["student"]) == (0, first["winner"]["student"]), "with what is known of it"
+    assert (exported.code, exported.document["student"]) == (0, first["winner"]["student"])
+    known = json.loads((tmp_path / "winner/export.json").read_text())["provenance"]
+    assert known["metrics"].keys() == known["mean_pose_metrics"].keys() == {"val"}, "the configuration knows its scores"
+    assert known["teacher"] == {"teacher/checkpoints/hamer.ckpt": None}
     assert (
         "no models:/tiny@second" in predicted(tmp_path, "models:/tiny@second", "-c", str(lab.config), code=2)["error"]
     )
