@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A third would wait: two, with the Ray clusters that they start, keep two cores busy, and take up to 10 GB.
+TEST_PROCESSES := 2
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test test-slow real-hands check lint types contracts bench
@@ -17,7 +19,7 @@ demo: $(STAMP)  ## the main job on the embedded default: pipeline.yaml
 	$(BIN)/handstill run
 
 test: $(STAMP)  ## the default suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(STAMP)  ## full-size networks, fault and fuzz tests
 	$(BIN)/python -m pytest -m slow

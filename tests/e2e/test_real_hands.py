@@ -18,6 +18,7 @@ import pytest
 import zarr
 
 from storage.cache import open_cache
+from storage.identity import stored_identity
 from tests.shared import REFERENCE, SHARED, needs_shared
 
 pytestmark = [needs_shared, pytest.mark.timeout(1800)]
@@ -53,6 +54,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path.write_text(text)
     yield path
     shutil.rmtree(folder)
+
+
+def views_of(cache: Path) -> int:
+    """Training sets have the one view of real-hands.yaml; evaluation sets always have two, one for each box."""
+    identity = stored_identity(cache)
+    assert identity is not None
+    return {"train": 1, "evaluate": 2}[identity["role"]]
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +101,16 @@ def test_plain_zarr_opens_the_cache(taught: dict[str, Any], config: Path) -> Non
     for shard in shards:
         group = zarr.open_group(shard, mode="r")
         features = group["teacher/features"]
+        views = views_of(shard.parents[1])
         n = features.shape[0]
         rows += n
-        assert features.shape == (n, 2, 8, 8, 1280)
+        assert features.shape == (n, views, 8, 8, 1280)
         assert features.dtype == np.int8
         assert features.metadata.dimension_names == ("sample", "view", "row", "column", "channel")
         shapes = {name: group[f"teacher/{name}"].shape[2:] for name in ("cam", "hand_pose", "keypoints_3d", "betas")}
         assert shapes == {"cam": (3,), "hand_pose": (15, 3, 3), "keypoints_3d": (21, 3), "betas": (10,)}
         assert group["teacher/keypoints_3d"].attrs["unit"] == "m"
-        assert group["labels/keypoints_2d"].shape == (n, 2, 21, 3)
+        assert group["labels/keypoints_2d"].shape == (n, views, 21, 3)
         rotations = group["teacher/hand_pose"][:].reshape(-1, 3, 3)
         assert np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max() < 1e-5
     assert rows == taught["stages"]["teach"]["samples_done"]
@@ -113,7 +122,9 @@ def test_cached_answers_are_the_teachers(taught: dict[str, Any], config: Path) -
     assert document["rows_rechecked"] == taught["stages"]["teach"]["samples_done"]
     assert document["max_rel_error"] < 1e-4  # the same machine, the same batch size: the same bits
     assert document["rows_replayed"] == document["rows_rechecked"]
-    assert document["pictures_identical"] == document["pictures_replayed"] == 2 * document["rows_replayed"]
+    hands = sum(HANDS.values())
+    hands_twice = document["rows_replayed"] - hands  # those of the evaluation sets
+    assert document["pictures_identical"] == document["pictures_replayed"] == hands + 2 * hands_twice
     assert document["max_label_difference"] == 0
 
 
@@ -161,5 +172,5 @@ def test_reading_by_id_gives_the_pictures_the_teacher_saw(taught: dict[str, Any]
     for folder in (config.parent / "work" / "cache").iterdir():
         cache = open_cache(folder)
         row = cache[cache.ids[-1]]
-        assert row["pictures"].shape == (2, 256, 256, 3)
+        assert row["pictures"].shape == (views_of(folder), 256, 256, 3)
         assert row["teacher/features"].dtype == np.float32

@@ -17,6 +17,8 @@ from typing import Any
 LOOK_EVERY_S = 0.002
 PATIENCE_S = 240.0
 """Far more than any step takes, also on a busy machine: a test that waits that long has failed."""
+STANDING, GONE = ("T", "t"), ("", "Z", "X")
+"""Letters of `state_of`."""
 
 
 @dataclass
@@ -108,7 +110,8 @@ class Driver:
         """Stop the teacher while a shard is partly written; an event of that shard, with the teacher's pid."""
         while True:
             event = self.wait_for("teach_batch")
-            send(event["pid"], signal.SIGSTOP)
+            if not stop(event["pid"]):
+                continue  # a last word of a teacher that was killed since
             done = {other["unit"] for other in self.events() if other["event"] in ("shard_committed", "shard_adopted")}
             published = list(self.config.parent.rglob(f"{event['unit']}.zarr"))
             if event["unit"] not in done and not any(is_of(path, self.config) for path in published):
@@ -126,6 +129,14 @@ def send(pid: int, number: signal.Signals) -> None:
     """A signal to a process that may be gone already."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def stop(pid: int) -> bool:
+    """Stop a process and wait until it stands still; False: it is gone."""
+    send(pid, signal.SIGSTOP)
+    while (state := state_of(pid)) not in (*STANDING, *GONE):
+        time.sleep(LOOK_EVERY_S)
+    return state in STANDING
 
 
 def workers_of(driver: int, title: str = "") -> list[int]:
@@ -155,10 +166,15 @@ def _ancestors(pid: int, parents: dict[int, int]) -> Iterator[int]:
 
 def alive(pid: int) -> bool:
     """Whether a process runs (a zombie does not)."""
+    return state_of(pid) not in GONE
+
+
+def state_of(pid: int) -> str:
+    """A process's state as /proc/PID/stat has it, one letter; "" where there is no such process."""
     try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
+        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return ""
 
 
 def is_worker(pid: int) -> bool:

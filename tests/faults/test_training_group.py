@@ -28,6 +28,8 @@ from tests.trainer.test_distributed import in_pairs
 from trainer.job import Silent, TrainJob, TrainResult
 from trainer.loop import train
 
+pytestmark = pytest.mark.timeout(1800)
+
 STEPS = 14
 HALF = Resources(cpus=0.5, workers=2)
 Event = dict[str, Any]
