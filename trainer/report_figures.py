@@ -132,17 +132,20 @@ def _label_points(
     figure: Figure, axes: Axes, named: Mapping[str, _Point], points: Sequence[_Point], said: Sequence[Annotation]
 ) -> None:
     """Names beside the points, each where it hides the least of what is drawn or said already, joined to its point
-    where it had to go far."""
+    where it had to go far. Points that lie on each other have one block of names, from the highest down."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]  # lays out, so that places in pixels are known
     renderer: RendererBase = canvas.get_renderer()  # type: ignore[no-untyped-call]
     px = figure.dpi / 72
     taken = [_box_of(axes, point, px) for point in points] + [text.get_window_extent(renderer) for text in said]
     frame = axes.get_window_extent(renderer)
-    for name, point in sorted(named.items(), key=lambda item: item[1].fps):
+    for names in _heaps({name: _box_of(axes, point, px) for name, point in named.items()}):
+        point = named[names[0]]
         text = axes.annotate(
-            _lettering(name), (point.fps, point.value), fontsize=8, xytext=(0, 0), textcoords="offset points", zorder=4
-        )
+            "\n".join(_lettering(name) for name in names),
+            (point.fps, point.value),
+            fontsize=8, xytext=(0, 0), textcoords="offset points", zorder=4,
+        )  # fmt: skip
         size = text.get_window_extent(renderer)
         best = min(
             _places(_box_of(axes, point, px), size.width, size.height, px),
@@ -158,6 +161,20 @@ def _label_points(
                 textcoords="offset points", zorder=2,
                 arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
             )  # fmt: skip
+
+
+def _heaps(markers: Mapping[str, Bbox]) -> list[list[str]]:
+    """Names whose markers hide each other's middles together, from the highest down; heaps from left to right."""
+    heaps: list[list[str]] = []
+    for name in sorted(markers, key=lambda name: (markers[name].x0, -markers[name].y0)):
+        x, y = markers[name].x0 + markers[name].width / 2, markers[name].y0 + markers[name].height / 2
+        near = (heap for heap in heaps if any(markers[other].contains(x, y) for other in heap))
+        heap = next(near, None)
+        if heap is None:
+            heaps.append([name])
+        else:
+            heap.append(name)
+    return [sorted(heap, key=lambda name: -markers[name].y0) for heap in heaps]
 
 
 def _box_of(axes: Axes, point: _Point, px: float) -> Bbox:

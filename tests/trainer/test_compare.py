@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from trainer.compare import Comparison, compare, pareto
 from trainer.config import CompareConfig
 from trainer.pictures import sheet
 from trainer.report import write_report
+from trainer.report_figures import trade_off
 from trainer.report_tables import best_cells, scores, warnings
 from trainer.runs import Selection
 
@@ -126,6 +128,15 @@ def test_what_one_seed_cannot_tell_is_said_and_not_drawn(store: Store, compariso
     assert "Thin: 95% over seeds" in page
     assert "takes several seeds" not in page
     assert page.count("Student&#x27;s t of") == 1, "said of the first table only"
+
+
+def test_students_on_one_spot_have_one_block_of_names(comparison: Comparison) -> None:
+    document = copy.deepcopy(comparison.document)
+    for group, error in zip(document["by_student"], (7.999, 4.0, 8.0), strict=True):
+        group["speed"], group["metrics"]["val"]["pa_mpjpe_mm"] = document["by_student"][0]["speed"], error
+    first, apart, last = [group["name"] for group in document["by_student"]]
+    written = [text.get_text() for text in trade_off(document, "val", "pa_mpjpe_mm").axes[0].texts]
+    assert {f"{last}\n{first}", apart} <= set(written)
 
 
 def test_the_one_data_set_is_named_once(comparison: Comparison, tmp_path: Path) -> None:
