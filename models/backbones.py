@@ -103,8 +103,9 @@ def _load_plugin(name: str) -> None:
         return
     try:
         found.load()
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"backbone {name!r}: its entry point {found.value} does not load: {error}") from error
+    except Exception as error:  # another package's code
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"backbone {name!r}: its entry point {found.value} does not load: {why}") from error
     if not timm.is_model(name):
         raise InputError(
             f"backbone {name!r}: {found.value}, its entry point, registers no model of that name with timm"

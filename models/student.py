@@ -31,6 +31,8 @@ from storage.durable import write_bytes_atomic
 from storage.errors import DamageError, InputError
 
 _SPEC_FILE, _WEIGHTS_FILE, HAND_FILE = "student.json", "weights.safetensors", "hand_model.safetensors"
+STUDENT_FILES = (_SPEC_FILE, _WEIGHTS_FILE, HAND_FILE)
+"""All that `Student.load` reads of a folder."""
 
 _HEADS = {"paper": DecoderSizes(), "light": DecoderSizes(dim=256, depth=2, heads=4, dim_head=64, mlp_dim=512)}
 """paper: HaMeR's own, 93% of a MobileNet student's parameters. light: for speed."""
@@ -122,7 +124,7 @@ class Student(nn.Module):
             from models.fast_hamer import load_fast_hamer  # it builds students
 
             return load_fast_hamer(folder)[0]
-        absent = [name for name in (_SPEC_FILE, _WEIGHTS_FILE, HAND_FILE) if not (folder / name).is_file()]
+        absent = [name for name in STUDENT_FILES if not (folder / name).is_file()]
         if absent:
             wanted = "Wanted a folder students/<name>/seed-<n>/<identity>/student, as training leaves it"
             if (folder / "preprocessing.json").is_file():

@@ -161,7 +161,7 @@ def compare_elsewhere(config_path: Path, request: CompareRequest) -> tuple[dict[
 
 def _target_elsewhere(config_path: Path, request: CompareRequest) -> tuple[TrackingTarget, CompareConfig]:
     from pipeline.experiment import open_experiment
-    from pipeline.tracking import TrackingTarget, tracking_target
+    from pipeline.tracking import TrackingTarget, named_by, tracking_target
     from pipeline.tracking_uri import URI_VARIABLE, checked, existing, named_in_environment
 
     elsewhere = checked(request.tracking_uri, "--tracking-uri")
@@ -171,6 +171,8 @@ def _target_elsewhere(config_path: Path, request: CompareRequest) -> tuple[Track
         experiment = open_experiment(config_path)
         target = tracking_target(experiment.config.tracking, experiment.workdir)
         config = experiment.config.compare
+        if not elsewhere:
+            existing(target.uri, named_by(experiment.config.tracking))
     else:
         uri = elsewhere or named_in_environment()
         if not uri or not request.experiments:

@@ -21,11 +21,14 @@ from trainer.config import REGISTERED
 from trainer.job import RESULT, STUDENT, read_result, student_folder
 
 if TYPE_CHECKING:
+    from pipeline.registered import RegisteredStudent
     from trainer.evaluate import EvaluationResult, EvaluationSet
     from trainer.export import ExportJob, ExportResult
 
 SELECT_BY = "pa_mpjpe_mm"
 """The seed that scores best by this on the first evaluation set is exported."""
+NOT_KNOWN = "not known: no pipeline file that names it was at hand; ask whoever made it"
+"""A data set's licence, of a student without its configuration."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ def export(config: Path, wish: Wish) -> dict[str, Any]:
     if wish.what.startswith(REGISTERED):
         from pipeline.registered import registered_student
 
-        with registered_student(wish.what, config) as folder:
-            job = _of_registry(config, wish, folder)
+        with registered_student(wish.what, config) as registered:
+            job = _of_registry(config, wish, registered)
             return _document(job, export_student(job))
     named_by_path = Path(wish.what).exists() and not _names_a_student(config, wish.what)
     job = _of_folder(config, wish) if named_by_path else _of_name(open_experiment(config), wish)
@@ -162,14 +165,24 @@ def _int8(training: tuple[EvaluationSet, ...], evaluation: tuple[EvaluationSet, 
     return Int8(calibrate_on=training, measure_on=evaluation or training)
 
 
-def _of_registry(config: Path, wish: Wish, folder: Path) -> ExportJob:
-    """The job for a student that the registry named: one that the configuration has, with its scores and licences."""
-    if config.is_file() and wish.seed is None:
-        experiment = open_experiment(config)
+def _of_registry(config: Path, wish: Wish, registered: RegisteredStudent) -> ExportJob:
+    """The job for a student that the registry named: where the configuration has it, with the scores and licences known
+    here, else with those known there."""
+    experiment = open_experiment(config) if config.is_file() else None
+    if experiment is not None and wish.seed is None:
         for state in student_states(experiment, cache_state(experiment, "train")):
-            if state.done and state.folder / STUDENT == folder:
-                return _job(experiment, wish, state, _scores(experiment))
-    return _of_folder(config, replace(wish, what=str(folder)), told=wish.what)
+            if state.done and state.folder / STUDENT == registered.folder:
+                job = _job(experiment, wish, state, _scores(experiment))
+                return replace(job, provenance={**job.provenance, "registered": registered.name})
+    job = _of_folder(config, replace(wish, what=str(registered.folder)), told=wish.what)
+    there = registered.known()
+    licences = {
+        name: _licence(experiment, name) if experiment and name in experiment.config.datasets else NOT_KNOWN
+        for name in there.pop("data_sets", ())
+    }
+    training = {**there.pop("training", {}), **job.provenance.get("training", {})}
+    provenance = {**job.provenance, **there, "training": training}
+    return replace(job, provenance=provenance | ({"data_sets": licences} if licences else {}))
 
 
 def _of_folder(config: Path, wish: Wish, told: str | None = None) -> ExportJob:
@@ -214,7 +227,8 @@ def _provenance(experiment: Experiment, state: StudentState, scores: Mapping[str
         "metrics": {} if mine is None else mine.metrics,
         "teacher_metrics": {} if teacher is None else teacher.metrics,
         "mean_pose_metrics": {} if teacher is None else teacher.mean_pose,
-        "rendered_only": all(name in experiment.synthesised for name in recipe.on),
+        "weights": None if recipe.weights is None else Path(recipe.weights).name,
+        "rendered_only": recipe.weights is None and all(name in experiment.synthesised for name in recipe.on),
     }
 
 
@@ -245,7 +259,7 @@ def _known_of(folder: Path) -> dict[str, Any]:
     return {
         "student": {"name": result.name, "seed": result.seed, "identity": result.identity},
         "training": training,
-        "data_sets": dict.fromkeys(identity["mix"]),
+        "data_sets": dict.fromkeys(identity["mix"], NOT_KNOWN),
     }
 
 

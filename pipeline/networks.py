@@ -27,7 +27,7 @@ class NamedNetwork:
     hand_model: HandModel
     backbone: str
     source: Path | str
-    """The folder or checkpoint that was read, or the name in the registry."""
+    """The folder or checkpoint that was read, or the version in the registry: models:/NAME/VERSION."""
 
     @property
     def sees_inner_columns(self) -> bool:
@@ -47,8 +47,8 @@ def open_network(what: str, config: Path, mano_model: str | None = None) -> Name
     if what.startswith(REGISTERED):
         from pipeline.registered import registered_student
 
-        with registered_student(what, config) as folder:
-            return replace(_student(folder, mano_model), source=what)
+        with registered_student(what, config) as registered:
+            return replace(_student(registered.folder, mano_model), source=registered.name)
     path = Path(what).expanduser()
     if path.is_file():
         return _checkpoint(path, mano_model)

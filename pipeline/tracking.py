@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import requests
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
@@ -23,7 +24,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.config import TrackingConfig
 from pipeline.registering import ModelRequest, register_student
 from pipeline.spool import Record
-from pipeline.tracking_uri import named_in_environment
+from pipeline.tracking_uri import URI_VARIABLE, named_in_environment
 from pipeline.workdir import Workdir
 from storage.durable import partial_path, remove_tree, sync_directory
 from storage.errors import WorkError
@@ -101,6 +102,13 @@ def tracking_target(config: TrackingConfig, workdir: Workdir) -> TrackingTarget:
     return TrackingTarget(database, config.experiment, workdir.tracking_artifacts.as_uri(), config.patience_s)
 
 
+def named_by(config: TrackingConfig) -> str:
+    """Who says where runs go, to begin an error with."""
+    if os.environ.get(URI_VARIABLE):
+        return URI_VARIABLE
+    return "tracking.uri" if config.uri else "tracking.uri (null: a file in the workdir, which `handstill run` makes)"
+
+
 @dataclass(frozen=True)
 class CacheInput:
     """One data set as a run read it: a cache snapshot."""
@@ -143,7 +151,7 @@ _WARNED: set[str] = set()
 
 def _warn_of_old_place(artifacts: str, target: TrackingTarget) -> None:
     """A workdir's own store that was copied or moved goes on writing where it was; MLflow cannot be told otherwise."""
-    if target.artifacts is None or artifacts == target.artifacts or artifacts in _WARNED:
+    if target.artifacts is None or artifacts in _WARNED or _same_folder(artifacts, target.artifacts):
         return
     _WARNED.add(artifacts)
     log.warning(
@@ -152,6 +160,12 @@ def _warn_of_old_place(artifacts: str, target: TrackingTarget) -> None:
         target.uri,
         artifacts,
     )
+
+
+def _same_folder(first: str, second: str) -> bool:
+    """Whether two URIs of files name one place, by a link or a second mount, too."""
+    paths = [Path(unquote(urlsplit(uri).path)).resolve() for uri in (first, second)]
+    return paths[0] == paths[1] or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 
 class Tracker:

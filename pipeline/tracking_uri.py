@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from storage.errors import InputError
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
-_ELSEWHERE = ("http", "https", "postgresql", "mysql", "mssql", "databricks")
+_ELSEWHERE = ("http", "https", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
 """Kinds of stores that answer for themselves; a database's may name its driver, as in mysql+pymysql."""
 
 
@@ -32,14 +32,14 @@ def existing(uri: str, where: str) -> str:
     """The same address, of a store to read. InputError, which begins with `where`, if it is of no kind that MLflow has,
     or a local one that is not there: MLflow would make an empty one and say that it knows no experiment."""
     kind, separator, rest = uri.partition(":")
-    if not separator:
-        place: Path | None = Path(uri)
-    elif kind == "sqlite":
+    if kind.partition("+")[0] in _ELSEWHERE:
+        place: Path | None = None
+    elif kind == "sqlite" and separator:
         place = Path(rest.partition("?")[0].removeprefix("///"))
-    elif kind == "file":
-        place = Path(urlsplit(uri).path)
-    elif kind.partition("+")[0] in _ELSEWHERE:
-        place = None
+    elif kind == "file" and separator:
+        place = Path(unquote(urlsplit(uri).path))
+    elif not separator or Path(uri).exists():
+        place = Path(uri)
     else:
         raise InputError(
             f"{where}: found {uri}, want an address of MLflow: http://..., sqlite:///FILE, postgresql://..."

@@ -63,7 +63,8 @@ def compare(
     groups, teacher = by_name(students), next(iter(teachers.values()), None)
     everyone: dict[str, Group] = {**groups, **({TEACHER: [teacher]} if teacher is not None else {})}
     datasets = datasets_of(students)
-    summary = _by_student(groups)
+    where = machines([runs.evaluation(run) for run in (*students, *teachers.values())])
+    summary = _by_student(groups, one_machine=len(where) <= 1)
     document: Document = {
         "experiment": title,
         "filter": selection.filter,
@@ -76,7 +77,7 @@ def compare(
         "by_difficulty": [each for d in datasets for each in by_difficulty(runs, everyone, teacher, d)],
         "notes": _notes(groups, teachers, datasets),
     }
-    document["machines"] = machines([runs.evaluation(run) for run in (*students, *teachers.values())])
+    document["machines"] = where
     document["pareto"] = pareto(summary, document["teacher"])
     document["gate"] = _gate(config, runs, groups, teacher, first_of)
     return Comparison(
@@ -101,7 +102,8 @@ def best_of(document: Document) -> str | None:
     """Who is best in the headline metric on the first data set, and with what score; None where nobody has one."""
     for dataset in document["pareto"]:
         metric = headline(dataset, document["by_student"])
-        scored = {g["name"]: v for g in document["by_student"] if (v := g["metrics"].get(dataset, {}).get(metric))}
+        scores = {g["name"]: g["metrics"].get(dataset, {}).get(metric) for g in document["by_student"]}
+        scored = {name: value for name, value in scores.items() if value is not None}
         if metric is not None and scored:
             value = best_value(metric, list(scored.values()))
             name = next(name for name, score in scored.items() if score == value)
@@ -177,9 +179,9 @@ def _student(runs: Runs, name: str, run: StudentRun) -> Document:
     }
 
 
-def _by_student(groups: Mapping[str, Group]) -> list[Document]:
+def _by_student(groups: Mapping[str, Group], *, one_machine: bool) -> list[Document]:
     """Means and standard deviations over seeds; `speed`, hands a second, is the mean over all runs of the same network,
-    whatever it was taught."""
+    whatever it was taught, where all were timed on one machine, else over the student's own."""
     networks: dict[tuple[object, ...], list[float]] = {}
     for run in (run for group in groups.values() for run in group):
         networks.setdefault(_network(run), []).extend([] if run.fps is None else [run.fps])
@@ -191,8 +193,8 @@ def _by_student(groups: Mapping[str, Group]) -> list[Document]:
             "strategy": runs[0].strategy,
             "seeds": len(runs),
             "params_m": runs[0].params_m,
-            "fps": _mean([run.fps for run in runs if run.fps is not None]),
-            "speed": _mean(networks.get(_network(runs[0]), [])),
+            "fps": (fps := _mean([run.fps for run in runs if run.fps is not None])),
+            "speed": _mean(networks.get(_network(runs[0]), [])) if one_machine else fps,
             "metrics": _over_seeds([run.metrics for run in runs], _mean),
             "std": _over_seeds([run.metrics for run in runs], _std),
         }

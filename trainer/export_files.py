@@ -120,7 +120,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     facts: what `trainer.export` puts into export.json. `provenance`, all of it optional: `student` {name, seed,
     identity}; `training` {recipe, data sets, steps, ...}; `data_sets` and `teacher`: name -> licence or None;
-    `metrics`: data set -> metric -> value; `teacher_metrics` and `mean_pose_metrics` likewise.
+    `metrics`: data set -> metric -> value; `teacher_metrics` and `mean_pose_metrics` likewise; `weights`: the file that
+    the backbone began with; `registered`: models:/NAME/VERSION.
     """
     provenance = facts["provenance"]
     student = provenance.get("student", {})
@@ -141,11 +142,13 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
 def _what_it_is(facts: Mapping[str, Any], student: Mapping[str, Any]) -> str:
     which = f" Seed {student['seed']}, identity `{student['identity'][:16]}`." if "identity" in student else ""
+    registered = facts["provenance"].get("registered")
+    version = f" Version `{registered}` of the model registry." if registered else ""
     return (
         "A 256x256 picture of one hand in; rotations, shape and camera of a MANO-like hand out, and with a hand model "
         f"21 joints and a mesh. Backbone `{facts['backbone']}`, {facts['parameters'] / 1e6:.1f} M parameters, "
         f"`{facts['network']['file']}` {facts['network']['bytes'] / 1e6:.1f} MB. Made with handstill, by distillation "
-        f"from HaMeR's architecture.{which}"
+        f"from HaMeR's architecture.{which}{version}"
     )
 
 
@@ -207,10 +210,13 @@ def _equality(facts: Mapping[str, Any]) -> str:
     )
 
 
+_NO_RECORDS = "Not known: this student was given without its run's records."
+
+
 def _metrics(provenance: Mapping[str, Any]) -> str:
     scores: Mapping[str, Mapping[str, float]] = provenance.get("metrics") or {}
     if not scores:
-        return "## Metrics\n\nNot evaluated."
+        return "## Metrics\n\n" + ("Not evaluated." if "metrics" in provenance else _NO_RECORDS)
     others = [provenance.get(which) or {} for which in ("teacher_metrics", "mean_pose_metrics")]
     rows = [
         (name, metric, f"{value:.3f}", *(_known(other.get(name, {}).get(metric)) for other in others))
@@ -235,14 +241,22 @@ def _undertrained(provenance: Mapping[str, Any]) -> list[str]:
     for name, found in scores.items():
         mean_pose = baseline.get(name, {}).get(which)
         if which in found and mean_pose and (gain := 1 - found[which] / mean_pose) < TRAINED:
-            said.append(f"on {name} " + (f"only {gain:.0%} better than" if gain > 0 else "no better than"))
+            said.append(f"on {name} {better_by(gain)}")
     return said
+
+
+def better_by(gain: float) -> str:
+    """In words, a share by which an error is smaller than the mean pose's, rounded down: 29.9% is less than 30%."""
+    if gain <= 0:
+        return "no better than"
+    percent = int(100 * gain)
+    return f"only {percent}% better than" if percent else "hardly better than"
 
 
 def _training(provenance: Mapping[str, Any]) -> str:
     training: Mapping[str, Any] = provenance.get("training") or {}
     if not training:
-        return "## Training\n\nNot known: this student was given as a folder without its run's records."
+        return f"## Training\n\n{_NO_RECORDS}"
     return "## Training\n\n" + _table(("what", "value"), [(name, f"`{value}`") for name, value in training.items()])
 
 
@@ -251,6 +265,8 @@ def _licences(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     rows = [("hand model", facts["hand_model"]["licence"])]
     rows += [(f"teacher {name}", licence or unknown) for name, licence in (provenance.get("teacher") or {}).items()]
     rows += [(f"data set {name}", licence or unknown) for name, licence in (provenance.get("data_sets") or {}).items()]
+    if provenance.get("weights"):
+        rows.append((f"pretrained weights {provenance['weights']}", "not stated: ask whoever made them"))
     rows += [(RUNTIME, "Apache-2.0")]
     inside = "The graph holds the hand model's numbers: pass this folder on only as that licence allows."
     outside = (

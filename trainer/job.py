@@ -34,7 +34,7 @@ def student_folder(path: Path) -> Path:
         inner
         for above in ("", "*/", "*/*/", "*/*/*/")
         for inner in sorted(path.glob(above + STUDENT))
-        if inner.is_dir()
+        if (inner / "student.json").is_file()
     ]
     if len(found) > 1:
         raise InputError(f"{path}: {len(found)} students are in it; name one of them: {', '.join(map(str, found))}")

@@ -206,7 +206,11 @@ def _caption(document: Document, dataset: str, metric: str) -> str:
     best = ", ".join(document["pareto"].get(dataset, []))
     title = METRIC_TITLES[metric]  # type: ignore[index]  # one of the known
     key = "colours are strategies, shapes backbones, areas grow with parameters"
-    speed = "Students of one network share the mean of their speeds, which differ by noise only"
+    speed = (
+        "Students of one network share the mean of their speeds, which differ by noise only"
+        if len(document["machines"]) <= 1
+        else "Speeds were measured on different machines and do not compare"
+    )
     return f"{title} on {dataset} against speed; {key}. {speed}. On the line, beaten by nobody in both: {best}."
 
 

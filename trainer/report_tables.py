@@ -141,7 +141,7 @@ def warnings(document: Document) -> list[str]:
                 "undertrained, and differences between them say nothing about distillation."
             )
         gains = {n: 1 - e / limit for n, e in errors.items() if limit and e is not None and n not in worse}
-        little = [f"{name} ({gain:.0%})" for name, gain in gains.items() if gain < TRAINED]
+        little = [f"{name} ({int(100 * gain)}%)" for name, gain in gains.items() if gain < TRAINED]
         if little:
             found.append(
                 f"On {dataset} these are less than {TRAINED:.0%} better than the mean pose ({limit:.2f} mm PA-MPJPE): "

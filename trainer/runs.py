@@ -9,6 +9,7 @@ metrics named `<data set>/<metric>`, `latency_ms/<batch size>`, `fps`, `params_m
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -258,7 +259,8 @@ class Runs:
 def _reason(error: Exception) -> str:
     """Why a store was not read, in a line: of a server that is not there the words of the system, of which MLflow's
     client makes a paragraph."""
-    if found := re.search(r"\[Errno -?\d+\] ([\w ]+)", str(error)):
+    found = re.search(r"\[Errno -?\d+\] ([\w ]+)", str(error))
+    if found and re.search("HTTPS?ConnectionPool", str(error)):  # not a full disk of our own
         return f"{found[1]}; is its server up, and is that the address?"
     return str(error)
 
@@ -285,7 +287,7 @@ def split_registered(name: str) -> tuple[str, str, str]:
     if at and model and alias and "/" not in alias:
         return model, alias, ""
     model, _, version = what.rpartition("/")
-    if not at and model and version.isdigit():
+    if model and version.isdigit():
         return model, "", version
     raise InputError(f"found {name!r}, want {REGISTERED}<name>@<alias> or {REGISTERED}<name>/<version>")
 
@@ -306,10 +308,10 @@ def _student_run(run: Run, experiment: str) -> StudentRun:
     return StudentRun(
         run_id=run.info.run_id,
         kind=kind,
-        name=_printable(tags.get("handstill.student", kind)),
+        name=printable(tags.get("handstill.student", kind)),
         seed=whole(seed),
-        strategy=_printable(tags.get("handstill.strategy", "")),
-        backbone=_printable(tags.get("handstill.backbone", "")),
+        strategy=printable(tags.get("handstill.strategy", "")),
+        backbone=printable(tags.get("handstill.backbone", "")),
         identity=tags.get("handstill.identity", ""),
         params=dict(run.data.params),
         metrics=_scores(metrics),
@@ -326,7 +328,7 @@ def _student_run(run: Run, experiment: str) -> StudentRun:
     )
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """A name as pages and figures can show it: control characters and what is beyond 80 characters replaced."""
     shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
     return shown if len(shown) <= _LONGEST_NAME else f"{shown[: _LONGEST_NAME - 1]}\u2026"
@@ -346,7 +348,8 @@ def _scores(metrics: Mapping[str, float]) -> Scores:
     for key, value in metrics.items():
         dataset, _, metric = key.partition("/")
         # a data set's name becomes part of files' names, and a server may say anything
-        if metric in METRICS and dataset not in _NOT_DATA_SETS and _DATA_SET.fullmatch(dataset):
+        ours = metric in METRICS and dataset not in _NOT_DATA_SETS and _DATA_SET.fullmatch(dataset)
+        if ours and math.isfinite(value):
             scores.setdefault(dataset, {})[metric] = value
     return {name: {m: scores[name][m] for m in METRICS if m in scores[name]} for name in sorted(scores)}
 

@@ -98,7 +98,10 @@ def test_a_backbone_of_a_package(tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout == "(64, 16, 16)\n"
-    assert "backbone 'broken': its entry point no_such does not load: No module named 'no_such'" in done.stderr
+    assert (
+        "backbone 'broken': its entry point no_such does not load: ModuleNotFoundError: No module named 'no_such'"
+        in done.stderr
+    )
 
 
 def test_a_teacher(example: types.ModuleType, tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from pipeline import promoting, tracking
+from models.student import STUDENT_FILES
+from pipeline import promoting, registered, tracking
 from pipeline.promoting import Alias, promote, version_behind
 from pipeline.tracking import Tracker, TrackingTarget
-from storage.errors import InputError, WorkError
+from pipeline.tracking_uri import existing
+from storage.errors import DamageError, InputError, WorkError
 from tests.mlflow_server import MlflowServer
 from tests.pipeline.commands import as_json, handstill
 from tests.pipeline.lab import Lab
@@ -189,12 +192,15 @@ def test_the_winner_of_a_real_run_is_promoted_by_compare_and_not_by_run(lab: Lab
     assert "There is no models:/tiny@champion yet" in first["sentences"][0]
     (student,) = lab.workdir.glob(f"students/{first['winner']['student']}/seed-0/*/student")
     named = hands_of(tmp_path, "models:/tiny@champion", "-c", str(lab.config))
+    written = json.loads(next((tmp_path / "hands").rglob("hands.json")).read_text())
+    assert written["network"] == "models:/tiny/1", "the version, as an alias moves on"
     assert named == hands_of(tmp_path, str(student))
     exported = handstill("export", "models:/tiny/1", "--to", str(tmp_path / "winner"), "-c", str(lab.config), "--json")
     assert (exported.code, exported.document["student"]) == (0, first["winner"]["student"])
     known = json.loads((tmp_path / "winner/export.json").read_text())["provenance"]
     assert known["metrics"].keys() == known["mean_pose_metrics"].keys() == {"val"}, "the configuration knows its scores"
     assert known["teacher"] == {"teacher/checkpoints/hamer.ckpt": None}
+    assert known["registered"] == "models:/tiny/1"
     assert (
         "no models:/tiny@second" in predicted(tmp_path, "models:/tiny@second", "-c", str(lab.config), code=2)["error"]
     )
@@ -227,7 +233,9 @@ def test_a_server_over_http_has_a_runs_students_their_comparison_and_the_winner(
         assert own["gate"]["promoted"]["version"] == "1"
         elsewhere = compared(tmp_path, "--tracking-uri", server.uri, "--experiment", "tiny")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        fetched = hands_of(tmp_path, "models:/tiny@champion", "-c", str(tmp_path / "none.yaml"))
+        nowhere = ("-c", str(tmp_path / "none.yaml"))
+        fetched = hands_of(tmp_path, "models:/tiny@champion", *nowhere)
+        exported = handstill("export", "models:/tiny@champion", "--to", str(tmp_path / "winner"), *nowhere)
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         client = MlflowClient(tracking_uri=server.uri)
         tiny = client.get_experiment_by_name("tiny").experiment_id
@@ -235,10 +243,75 @@ def test_a_server_over_http_has_a_runs_students_their_comparison_and_the_winner(
         files = [{found.path for found in client.list_artifacts(run.info.run_id)} for run in comparisons]
     (winner,) = config.parent.glob(f"work/students/{own['gate']['winner']['student']}/seed-0/*/student")
     assert fetched == hands_of(tmp_path, str(winner))
+    assert exported.code == 0, exported.err
+    known = json.loads((tmp_path / "winner/export.json").read_text())["provenance"]
+    scored = next(each for each in own["students"] if each["name"] == own["gate"]["winner"]["student"])
+    assert known["student"] == {key: scored[key] for key in ("name", "seed", "identity")}
+    assert known["metrics"] == scored["metrics"]
+    assert known["mean_pose_metrics"] == own["teacher"]["mean_pose"]
+    assert known["training"]["steps"] == "1"
+    card = (tmp_path / "winner/README.md").read_text()
+    assert "Version `models:/tiny/1` of the model registry." in card
+    assert "Not evaluated" not in card
+    assert "| data set alpha | not known: no pipeline file" in card
     assert elsewhere["students"] == own["students"]
     assert all({"report.html", "table.md", "differences.csv"} <= names for names in files)
     assert len(files) == 3, "of the run, of the command, and of the other one"
     assert b"<img" in (tmp_path / "out" / "report.html").read_bytes()
+
+
+def test_what_a_registry_has_is_fetched_by_the_names_of_a_student_and_no_others(tmp_path: Path) -> None:
+    source = tmp_path / "there/student"
+    source.mkdir(parents=True)
+    for name in (*STUDENT_FILES, "junk.bin"):
+        (source / name).write_bytes(b"some")
+    registered._fetch("sqlite://", "models:/x/1", source.as_uri(), str(tmp_path / "here"))
+    assert {path.name for path in (tmp_path / "here").iterdir()} == set(STUDENT_FILES)
+    (source / STUDENT_FILES[1]).write_bytes(b"")
+    with pytest.raises(DamageError, match=r"models:/x/1 is no student of handstill: found 0 bytes at .*, want a file"):
+        registered._fetch("sqlite://", "models:/x/1", source.as_uri(), str(tmp_path / "again"))
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"student": "/etc"}, {"student": ".."}, {"student": "a/b"}, {"student": ""},
+        {"seed": "../0"}, {"seed": ""}, {"identity": "../../../../x"}, {"identity": "short"},
+    ],
+)  # fmt: skip
+def test_tags_of_a_server_do_not_lead_out_of_the_workdir(tags: dict[str, str], tmp_path: Path) -> None:
+    said = {"student": "plain", "seed": "0", "identity": "0123456789abcdef" * 4}
+    folder = tmp_path / "students/plain/seed-0/0123456789abcdef/student"
+    folder.mkdir(parents=True)
+
+    def version(tags: dict[str, str]) -> ModelVersion:
+        return ModelVersion("x", "1", 0, tags=[ModelVersionTag(f"handstill.{k}", v) for k, v in tags.items()])
+
+    assert registered._trained_here(version(said), tmp_path / "students") == folder
+    assert registered._trained_here(version(said | tags), tmp_path / "students") is None
+
+
+def test_reading_from_a_store_that_is_not_there_makes_none(tmp_path: Path) -> None:
+    config = make_experiment(tmp_path / "experiment")
+    error = compared(tmp_path, "--experiment", "tiny", "-c", str(config), code=2)["error"]
+    database = config.parent / "work/mlflow.db"
+    assert f"a file in the workdir, which `handstill run` makes): {database} is not there" in error
+    error = predicted(tmp_path, "models:/tiny@champion", "-c", str(config), code=2)["error"]
+    assert error.startswith("tracking.uri (null: a file in the workdir")
+    assert not database.exists()
+
+
+@pytest.mark.parametrize(
+    "uri", ["databricks", "databricks-uc", "http://a", "mysql+pymysql://a/b", "{}/a%20b", "{}/a:b"]
+)
+def test_addresses_that_mlflow_takes_are_taken(uri: str, tmp_path: Path) -> None:
+    for name in ("a b", "a:b"):
+        (tmp_path / name).mkdir()
+    uri = uri.format(tmp_path.as_uri() if "%20" in uri else tmp_path)
+    assert existing(uri, "here") == uri
+    for wrong in ("htp://a", f"{tmp_path}/none", (tmp_path / "none").as_uri(), f"sqlite:///{tmp_path}/none.db"):
+        with pytest.raises(InputError, match="here: "):
+            existing(wrong, "here")
 
 
 def test_who_moves_to_another_server_is_told_where_the_records_are(lab: Lab, tmp_path: Path) -> None:
@@ -252,11 +325,12 @@ def test_who_copied_a_workdir_is_told_where_its_artefacts_go(tmp_path: Path, mon
     """MLflow's store names that place by its absolute path; a copy would go on writing into the original."""
     said: list[str] = []
     monkeypatch.setattr(tracking.log, "warning", lambda text, *values: said.append(text % values))
-    for name in ("first", "first", "copy", "copy"):
+    (tmp_path / "link").symlink_to(tmp_path / "first")
+    for name in ("first", "first", "link", "copy", "copy"):
         database = f"sqlite:///{tmp_path / name}/mlflow.db"
         Tracker(TrackingTarget(database, "tiny", (tmp_path / name / "artifacts").as_uri()))
-        if name == "first":
-            assert said == []
+        if name != "copy":
+            assert said == [], "another name of the same folder is no copy"
             shutil.copytree(tmp_path / "first", tmp_path / "copy", dirs_exist_ok=True)
     (once,) = said
     assert f"keeps its artefacts in {(tmp_path / 'first' / 'artifacts').as_uri()}, not beside it" in once

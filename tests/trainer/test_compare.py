@@ -12,8 +12,10 @@ import pytest
 from storage.errors import InputError
 from tests.trainer.mlflow_store import Store, student
 from trainer.cases import paired_metric
-from trainer.compare import Comparison, compare, pareto
+from trainer.compare import Comparison, best_of, compare, pareto
 from trainer.config import CompareConfig
+from trainer.export_files import better_by
+from trainer.job import student_folder
 from trainer.pictures import sheet
 from trainer.report import write_report
 from trainer.report_figures import trade_off
@@ -169,6 +171,43 @@ def test_students_of_one_network_share_the_mean_of_their_speeds(tmp_path: Path) 
     speeds = {group["name"]: (group["fps"], group["speed"]) for group in document["by_student"]}
     assert speeds == {"a-none": (60.0, 50.0), "a-hybrid": (40.0, 50.0), "b-none": (70.0, 70.0)}
     assert document["pareto"] == {"val": ["b-none", "a-hybrid"]}
+
+
+def test_speeds_of_different_machines_are_not_averaged(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name, error, fps, device in (("a-none", 9.0, 60.0, "a CPU"), ("a-hybrid", 8.0, 900.0, "a GPU")):
+        run = student(store, name, 0, error)
+        store.client.log_metric(run, "fps", fps)
+        store.client.log_dict(run, {"device": device}, "evaluation/evaluation.json")
+    comparison = compare(store.uri, EXP, CompareConfig(bootstrap=100))
+    assert [group["speed"] for group in comparison.document["by_student"]] == [900.0, 60.0]
+    write_report(comparison, tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text()
+    assert "differ by noise only" not in page
+    assert page.count("Speeds were measured on different machines and do not compare") == 2
+
+
+def test_a_score_of_nothing_is_a_score_and_one_that_is_no_number_is_none(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    student(store, "a-none", 0, 0.0)
+    student(store, "b-none", 0, float("nan"))
+    document = compare(store.uri, EXP, CompareConfig(bootstrap=100)).document
+    assert best_of(document) == "a-none 0 mm PA-MPJPE"
+    assert [each["metrics"].get("val", {}).get("pa_mpjpe_mm") for each in document["students"]] == [0.0, None]
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"), [(0.299, "only 29% better than"), (0.0001, "hardly better than"), (-0.1, "no better than")]
+)
+def test_shares_are_rounded_down(gain: float, words: str) -> None:
+    assert better_by(gain) == words
+
+
+def test_a_student_may_be_called_student(tmp_path: Path) -> None:
+    folder = tmp_path / "student/seed-0/0123456789abcdef/student"
+    folder.mkdir(parents=True)
+    (folder / "student.json").touch()
+    assert student_folder(tmp_path) == folder
 
 
 def test_nobody_beats_those_on_the_front_in_speed_and_in_accuracy() -> None:

@@ -198,6 +198,7 @@ def test_whoever_passes_below_the_mean_pose_is_said_to_be_of_no_use(tmp_path: Pa
         ("models:/a-b@champion", ("a-b", "champion", "")),
         ("models:/a b/12", ("a b", "", "12")),
         ("models:/a@b@c", ("a@b", "c", "")),
+        ("models:/a@b/3", ("a@b", "", "3")),
     ],
 )
 def test_names_of_registered_versions(name: str, parts: tuple[str, str, str]) -> None:
