@@ -163,8 +163,8 @@ def _from_package() -> dict[str, bytes]:
     spec = importlib.util.find_spec("mediapipe")
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
-            f"no boxes are given and there is no detector of hands. Give --box x,y,width,height,left|right. "
-            f"Or: {how_to_get_it()}"
+            f"no boxes are given and there is no detector of hands. Give --box x,y,width,height,left|right (in Python: "
+            f"boxes=). Or: {how_to_get_it()} (in Python: load_predictor(..., detector=FILE))"
         )
     return _from_source(Path(next(iter(spec.submodule_search_locations))) / "modules")
 

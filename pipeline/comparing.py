@@ -247,5 +247,5 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
 def _text(comparison: Comparison, folder: Path, places: list[str]) -> str:
     table = (folder / "table.md").read_text(encoding="utf-8").rstrip()
     gate = comparison.document["gate"]
-    verdict = f"\ngate: {'passed' if gate['passed'] else 'FAILED'}" if gate["checks"] else ""
+    verdict = f"\ngate: {'passed' if gate['passed'] else 'FAILED'}" if gate["sentences"] else ""
     return "\n".join([table + verdict, "", *places])

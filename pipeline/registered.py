@@ -21,17 +21,19 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from models.student import STUDENT_FILES
+from pipeline.config import did_you_mean
 from pipeline.registering import IDENTITY
 from pipeline.tracking import limit_requests, named_by, tracking_target
 from pipeline.tracking_uri import URI_VARIABLE, existing, named_in_environment
 from storage.errors import DamageError, InputError, WorkError
 from trainer.config import REGISTERED
 from trainer.job import STUDENT
-from trainer.runs import Runs, Selection, printable, registered_version, whole
+from trainer.runs import Runs, Selection, printable, registered_version, split_registered, whole
 
 _MAX_BYTES = 8 << 30
 """Of one of a student's files: three times HaMeR's own backbone."""
 _FOLDER = re.compile(r"(?!\.)[^/\\\0]{1,200}")
+_MODELS_NAMED = 100
 _DIGEST = re.compile(r"[0-9a-f]{16,64}")
 _PARAMS = ("steps", "batch_size", "lr", "weight_decay", "distill")
 
@@ -98,7 +100,7 @@ def registered_student(what: str, config: Path) -> Iterator[RegisteredStudent]:
     with _answering(uri, what):
         version = registered_version(MlflowClient(tracking_uri=uri), what)
     if version is None:
-        raise InputError(f"the model registry at {uri} has no {what}; its page Models lists what it has")
+        raise InputError(f"the model registry at {uri} has no {what}{_instead(uri, what)}")
     trained = None if students is None else _trained_here(version, students)
     if trained is not None:
         yield RegisteredStudent(uri, version, trained)
@@ -107,6 +109,18 @@ def registered_student(what: str, config: Path) -> Iterator[RegisteredStudent]:
         with _answering(uri, what):
             _fetch(uri, what, f"{version.source}/{STUDENT}", folder)
         yield RegisteredStudent(uri, version, Path(folder))
+
+
+def _instead(uri: str, what: str) -> str:
+    """What there is to choose from: models, or the aliases of the one that is meant."""
+    with _answering(uri, what):
+        client = MlflowClient(tracking_uri=uri)
+        models = {model.name: model for model in client.search_registered_models(max_results=_MODELS_NAMED)}
+    name, alias, _ = split_registered(what)
+    if name not in models:
+        return did_you_mean(name, sorted(models)) or "; it has no models"
+    aliases = sorted(models[name].aliases)
+    return (did_you_mean(alias, aliases) if alias else "") or f"; its page Models lists the versions of {name}"
 
 
 def _fetch(uri: str, what: str, source: str, folder: str) -> None:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from models.weight_loading import KeyReport
 
 
+_SAMPLES_NAMED = 3
+"""Of a table, so that `show` can be given one."""
+
+
 def is_sample_id(what: str) -> bool:
     """Whether a sample is meant (`<data set>:<key>#<hand>`), and not a file of such a name."""
     return ":" in what and "#" in what and not Path(what).exists()
@@ -41,14 +45,36 @@ def show(config: Path, what: str) -> dict[str, Any]:
         "evaluate": lambda experiment: experiment.workdir.evaluations,
         "compare": lambda experiment: experiment.workdir.report,
     }
+    if what == "synthesise":
+        return _show_synthesised(open_experiment(config))
     if what not in places:
-        raise InputError(f"show: found {what!r}; want a path that exists, a sample's id, or one of {', '.join(places)}")
+        raise InputError(
+            f"show: found {what!r}; want a path that exists, a sample's id, or one of synthesise, {', '.join(places)}"
+        )
     experiment: Experiment = open_experiment(config)
     folder = places[what](experiment)
     if not folder.is_dir():
         raise InputError(f"show {what}: nothing is there yet; run `handstill run {what}`")
     outputs = [_brief(item) | _named(what, item.relative_to(folder)) for item in _outputs(what, folder)]
     return {"kind": "stage", "stage": what, "path": str(folder), "outputs": outputs}
+
+
+def _show_synthesised(experiment: Experiment) -> dict[str, Any]:
+    """The files of rendered hands that are whole, and how many hands are in each."""
+    from stages.synthesise import synthesise_units, unit_done
+
+    section = experiment.config.synthesise
+    if section is None:
+        raise InputError("show synthesise: the configuration has no section `synthesise`; its data sets are somebody's")
+    units = synthesise_units(section, experiment.datasets, experiment.base)
+    outputs = [
+        {"path": str(unit.path), "bytes": unit.path.stat().st_size, "dataset": unit.dataset, "hands": unit.hands}
+        for unit in units
+        if unit_done(unit)
+    ]
+    if not outputs:
+        raise InputError("show synthesise: nothing is there yet; run `handstill run synthesise`")
+    return {"kind": "stage", "stage": "synthesise", "path": str(experiment.base), "outputs": outputs}
 
 
 def _named(stage: str, path: Path) -> dict[str, Any]:
@@ -183,12 +209,15 @@ def _encoding(folder: CacheFolder) -> str:
 
 def _show_parquet(path: Path) -> dict[str, Any]:
     file = pq.ParquetFile(path)
-    reasons = pq.read_table(path, columns=["reason"]).column("reason") if "reason" in file.schema_arrow.names else None
+    names = file.schema_arrow.names
+    reasons = pq.read_table(path, columns=["reason"]).column("reason") if "reason" in names else None
+    ids = pq.read_table(path, columns=["sample_id"]).column("sample_id") if "sample_id" in names else None
     return {
         "kind": "table",
         "path": str(path),
         "rows": file.metadata.num_rows,
         "quarantined": None if reasons is None else len(reasons) - reasons.null_count,
+        **({} if ids is None else {"first_samples": ids.slice(0, _SAMPLES_NAMED).to_pylist()}),
         "columns": {field.name: str(field.type) for field in file.schema_arrow},
     }
 
@@ -217,6 +246,8 @@ def show_text(document: Mapping[str, Any]) -> str:
 def _brief_line(item: Mapping[str, Any]) -> str:
     of = [f"{key} {item[key]}" for key in ("dataset", "student", "seed", "network", "role") if key in item]
     of += [", ".join(item["snapshots"])] if item.get("snapshots") else []
-    facts = of + [f"{item[key]} {key}" for key in ("rows", "quarantined", "shards") if item.get(key) is not None]
+    facts = of + [
+        f"{item[key]} {key}" for key in ("rows", "hands", "quarantined", "shards") if item.get(key) is not None
+    ]
     facts += [human_bytes(item["bytes"])] if "bytes" in item else []
     return f"  {item['path']}: " + ", ".join(facts)

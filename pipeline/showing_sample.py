@@ -59,7 +59,8 @@ def show_sample(
     if not places:
         raise InputError(
             f"show: {sample_id} is in no current snapshot of this configuration; want <data set>:<key>#<hand> "
-            "(`handstill show teach` lists the snapshots, whose column sample_id has them all)"
+            "(`handstill show` of a table, e.g. `handstill show CACHE/snapshots/*.parquet`, names some of those in it; "
+            "`handstill show teach` says where the caches are)"
         )
     found = [_in_one_cache(experiment, state, row, view) for state, row in places]
     tiles = [tile for _, shown in found for tile in shown]

@@ -8,6 +8,7 @@ from typing import Any
 
 from models.hand_model import FINGERTIP_VERTICES, OPEN_HAND, hand_model_digest, load_hand_model
 from trainer.config import TRAINED
+from trainer.gate import better_by
 
 DESCRIPTION, RUNTIME, HAND_MODEL, EXPORT = "preprocessing.json", "handstill_numpy.py", "hand_model.npz", "export.json"
 FORMAT_VERSION = 1
@@ -243,14 +244,6 @@ def _undertrained(provenance: Mapping[str, Any]) -> list[str]:
         if which in found and mean_pose and (gain := 1 - found[which] / mean_pose) < TRAINED:
             said.append(f"on {name} {better_by(gain)}")
     return said
-
-
-def better_by(gain: float) -> str:
-    """In words, a share by which an error is smaller than the mean pose's, rounded down: 29.9% is less than 30%."""
-    if gain <= 0:
-        return "no better than"
-    percent = int(100 * gain)
-    return f"only {percent}% better than" if percent else "hardly better than"
 
 
 def _training(provenance: Mapping[str, Any]) -> str:

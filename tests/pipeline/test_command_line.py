@@ -191,6 +191,11 @@ def test_show_of_a_stage_says_what_its_outputs_are_of(lab: Lab) -> None:
         ("train", "alpha", "beta"),
         ("evaluate", "val"),
     }
+    table = next(lab.workdir.glob("cache/*/snapshots/*.parquet"))
+    named = as_json(lab.config, "show", table)["first_samples"]
+    assert as_json(lab.config, "show", named[0])["sample_id"] == named[0]
+    none = handstill("show", "synthesise", "-c", lab.config)
+    assert (none.code, "no section `synthesise`" in none.err) == (2, True)
     text = handstill("show", "teach", "-c", lab.config).out
     assert text.startswith("teach: ")
     assert ": role train, alpha, beta, " in text

@@ -204,6 +204,11 @@ def test_the_winner_of_a_real_run_is_promoted_by_compare_and_not_by_run(lab: Lab
     assert (
         "no models:/tiny@second" in predicted(tmp_path, "models:/tiny@second", "-c", str(lab.config), code=2)["error"]
     )
+    for wrong, hint in (
+        ("models:/tiny@chapmion", "; did you mean 'champion'?"),
+        ("models:/tyni/1", "; did you mean 'tiny'?"),
+    ):
+        assert predicted(tmp_path, wrong, "-c", str(lab.config), code=2)["error"].endswith(hint)
     again = as_json(lab.config, "compare")["gate"]
     assert again["promoted"]["sentence"].endswith("already, version 1.")
     lab.configure({"compare.gate": gate | {"limit": 0.0}})

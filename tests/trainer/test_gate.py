@@ -192,6 +192,21 @@ def test_whoever_passes_below_the_mean_pose_is_said_to_be_of_no_use(tmp_path: Pa
     assert asked["sentences"][0].endswith("1 mm worse than the mean pose (20 mm): fails.")
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_whoever_passes_hardly_above_the_mean_pose_is_said_to_be_trained_too_little(asks: bool, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name, error in (("bad-none", 19.0), ("less-bad-hybrid", 18.2)):
+        student(store, name, 0, error, error + NOISE - NOISE.mean())
+    store.add({"kind": "teacher"}, {"val/pa_mpjpe_mm": 6.0, "mean_pose/val/pa_mpjpe_mm": 20.0}, {})
+    found = gate_of(store, baseline="bad-none", better_than_mean_pose=asks)
+    (caveat,) = found["caveats"]
+    assert found["passed"]
+    assert caveat.startswith(
+        "Beware: less-bad-hybrid (18.2 mm) is only 9% better than answering the mean pose to every"
+    )
+    assert found["winner"]["sentences"][-1].startswith("Beware: less-bad-hybrid (seed 0)")
+
+
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
