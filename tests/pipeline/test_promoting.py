@@ -206,7 +206,7 @@ def test_the_winner_of_a_real_run_is_promoted_by_compare_and_not_by_run(lab: Lab
     )
     for wrong, hint in (
         ("models:/tiny@chapmion", "; did you mean 'champion'?"),
-        ("models:/tyni/1", "; did you mean 'tiny'?"),
+        ("models:/tinny/1", "; did you mean 'tiny'?"),
     ):
         assert predicted(tmp_path, wrong, "-c", str(lab.config), code=2)["error"].endswith(hint)
     again = as_json(lab.config, "compare")["gate"]
