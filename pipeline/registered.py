@@ -59,20 +59,11 @@ class RegisteredStudent:
         """
         said = _said_of(self.version)
         found: dict[str, Any] = {"registered": self.name} | ({"student": said} if said else {})
-        with _answering(self.uri, self.name):
-            client = MlflowClient(tracking_uri=self.uri)
-            try:
-                home = client.get_run(self.version.run_id or "").info.experiment_id
-            except MlflowException as error:  # made by hand, or its run was deleted
-                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                    return found
-                raise
-            experiment = client.get_experiment(home).name
-        runs = Runs(self.uri, Selection((experiment,)))
-        registered = runs.registered(self.name)
-        if registered is None:
+        registered = Runs(self.uri, Selection(())).registered(self.name)
+        if registered is None:  # made by hand, or its run was deleted
             return found
-        run, teacher = registered[0], runs.teachers().get(experiment)
+        run, _ = registered
+        teacher = Runs(self.uri, Selection((run.experiment,))).teachers().get(run.experiment)
         return found | {
             "training": {"MLflow run": run.run_id}
             | {key: printable(run.params[key]) for key in _PARAMS if key in run.params},
@@ -95,8 +86,7 @@ def registered_student(what: str, config: Path) -> Iterator[RegisteredStudent]:
         DamageError: what it has there is no student of ours.
     """
     limit_requests()
-    uri, said_by, students = _place(what, config)
-    existing(uri, said_by)
+    uri, students = _place(what, config)
     with _answering(uri, what):
         version = registered_version(MlflowClient(tracking_uri=uri), what)
     if version is None:
@@ -148,21 +138,21 @@ def _answering(uri: str, what: str) -> Iterator[None]:
         raise WorkError(f"the model registry at {uri} did not give {what}: {error}") from error
 
 
-def _place(what: str, config: Path) -> tuple[str, str, Path | None]:
-    """The registry's address, who named it, and where the configuration's students are, if there is one."""
+def _place(what: str, config: Path) -> tuple[str, Path | None]:
+    """The registry's address, and where the configuration's students are, if there is one."""
     if config.is_file():
         from pipeline.experiment import open_experiment
 
         experiment = open_experiment(config)
         tracking = experiment.config.tracking
         uri = tracking_target(tracking, experiment.workdir).uri
-        return uri, named_by(tracking), experiment.workdir.students
+        return existing(uri, named_by(tracking)), experiment.workdir.students
     named = named_in_environment()
     if named is None:
         raise InputError(
             f"{what}: nobody says where its registry is; name the pipeline file with -c, or set {URI_VARIABLE}"
         )
-    return named, URI_VARIABLE, None
+    return existing(named, URI_VARIABLE), None
 
 
 def _said_of(version: ModelVersion) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,13 +212,13 @@ def _show_parquet(path: Path) -> dict[str, Any]:
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
     reasons = pq.read_table(path, columns=["reason"]).column("reason") if "reason" in names else None
-    ids = pq.read_table(path, columns=["sample_id"]).column("sample_id") if "sample_id" in names else None
+    batches = file.iter_batches(_SAMPLES_NAMED, columns=["sample_id"]) if "sample_id" in names else None
     return {
         "kind": "table",
         "path": str(path),
         "rows": file.metadata.num_rows,
         "quarantined": None if reasons is None else len(reasons) - reasons.null_count,
-        **({} if ids is None else {"first_samples": ids.slice(0, _SAMPLES_NAMED).to_pylist()}),
+        **({} if batches is None else {"first_samples": [i for b in islice(batches, 1) for i in b[0].to_pylist()]}),
         "columns": {field.name: str(field.type) for field in file.schema_arrow},
     }
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import requests
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
@@ -24,7 +23,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.config import TrackingConfig
 from pipeline.registering import ModelRequest, register_student
 from pipeline.spool import Record
-from pipeline.tracking_uri import URI_VARIABLE, named_in_environment
+from pipeline.tracking_uri import URI_VARIABLE, named_in_environment, path_of_uri
 from pipeline.workdir import Workdir
 from storage.durable import partial_path, remove_tree, sync_directory
 from storage.errors import WorkError
@@ -104,7 +103,7 @@ def tracking_target(config: TrackingConfig, workdir: Workdir) -> TrackingTarget:
 
 def named_by(config: TrackingConfig) -> str:
     """Who says where runs go, to begin an error with."""
-    if os.environ.get(URI_VARIABLE):
+    if named_in_environment():
         return URI_VARIABLE
     return "tracking.uri" if config.uri else "tracking.uri (null: a file in the workdir, which `handstill run` makes)"
 
@@ -164,7 +163,7 @@ def _warn_of_old_place(artifacts: str, target: TrackingTarget) -> None:
 
 def _same_folder(first: str, second: str) -> bool:
     """Whether two URIs of files name one place, by a link or a second mount, too."""
-    paths = [Path(unquote(urlsplit(uri).path)).resolve() for uri in (first, second)]
+    paths = [path_of_uri(uri).resolve() for uri in (first, second)]
     return paths[0] == paths[1] or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 

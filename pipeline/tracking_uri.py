@@ -37,7 +37,7 @@ def existing(uri: str, where: str) -> str:
     elif kind == "sqlite" and separator:
         place = Path(rest.partition("?")[0].removeprefix("///"))
     elif kind == "file" and separator:
-        place = Path(unquote(urlsplit(uri).path))
+        place = path_of_uri(uri)
     elif not separator or Path(uri).exists():
         place = Path(uri)
     else:
@@ -47,6 +47,11 @@ def existing(uri: str, where: str) -> str:
     if place is not None and not place.exists():
         raise InputError(f"{where}: {place} is not there; want the store that runs were written to")
     return uri
+
+
+def path_of_uri(uri: str) -> Path:
+    """The place that file://... names."""
+    return Path(unquote(urlsplit(uri).path))
 
 
 def named_in_environment() -> str | None:

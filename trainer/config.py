@@ -411,3 +411,11 @@ class CompareConfig(Section):
         if self.promote is not None and self.gate is None:
             raise ValueError("promote without a gate: only what passed a gate is registered; add one")
         return self
+
+
+def better_by(gain: float) -> str:
+    """In words, a share by which an error is smaller than the mean pose's, rounded down: 29.9% is less than 30%."""
+    if gain <= 0:
+        return "no better than"
+    percent = int(100 * gain)
+    return f"only {percent}% better than" if percent else "hardly better than"

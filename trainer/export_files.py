@@ -7,8 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from models.hand_model import FINGERTIP_VERTICES, OPEN_HAND, hand_model_digest, load_hand_model
-from trainer.config import TRAINED
-from trainer.gate import better_by
+from trainer.config import TRAINED, better_by
 
 DESCRIPTION, RUNTIME, HAND_MODEL, EXPORT = "preprocessing.json", "handstill_numpy.py", "hand_model.npz", "export.json"
 FORMAT_VERSION = 1

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from storage.errors import InputError
-from trainer.config import METRIC_TITLES, REGISTERED, TRAINED, GateConfig
+from trainer.config import METRIC_TITLES, REGISTERED, TRAINED, GateConfig, better_by
 from trainer.pairing import Group, Paired, paired, same_truth
 from trainer.runs import Runs, Scores, split_registered
 
@@ -81,20 +81,19 @@ class Judge:
         mean_pose = self.mean_pose.get(gate.dataset, {}).get(gate.metric)
         if value is None or not mean_pose:
             return None
-        if better(gate.metric, value, mean_pose):
-            gain = 1 - value / mean_pose
-            if gate.metric != "pa_mpjpe_mm" or gain >= TRAINED:
-                return None
-            return (
-                f"Beware: {name} ({_amount(gate, value)}) is {better_by(gain)} answering the mean pose to every "
-                f"picture ({_amount(gate, mean_pose)} {_title(gate)}): it was trained too little to be of use, "
-                "whomever it beats."
-            )
-        if gate.better_than_mean_pose:
+        gain = 1 - value / mean_pose if better(gate.metric, value, mean_pose) else 0.0
+        if gain > 0 and (gate.metric != "pa_mpjpe_mm" or gain >= TRAINED):
             return None
+        if gain == 0 and gate.better_than_mean_pose:
+            return None
+        compared = (
+            f"Beware: {name} ({_amount(gate, value)}) is {better_by(gain)} answering the mean pose to every picture "
+            f"({_amount(gate, mean_pose)} {_title(gate)})"
+        )
+        if gain > 0:
+            return f"{compared}: it was trained too little to be of use, whomever it beats."
         return (
-            f"Beware: {name} ({_amount(gate, value)}) is no better than answering the mean pose to every picture "
-            f"({_amount(gate, mean_pose)} {_title(gate)}), so it is of no use yet, whomever it beats; "
+            f"{compared}, so it is of no use yet, whomever it beats; "
             "compare.gate.better_than_mean_pose makes the gate ask for that."
         )
 
@@ -250,14 +249,6 @@ def better(metric: str, a: float, b: float) -> bool:
 def best_value(metric: str, values: Sequence[float]) -> float:
     """The best of several values, of which there is one at least."""
     return min(values) if better(metric, 0, 1) else max(values)
-
-
-def better_by(gain: float) -> str:
-    """In words, a share by which an error is smaller than the mean pose's, rounded down: 29.9% is less than 30%."""
-    if gain <= 0:
-        return "no better than"
-    percent = int(100 * gain)
-    return f"only {percent}% better than" if percent else "hardly better than"
 
 
 def _worse_is(metric: str) -> int:

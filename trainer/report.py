@@ -209,7 +209,7 @@ def _caption(document: Document, dataset: str, metric: str) -> str:
     speed = (
         "Students of one network share the mean of their speeds, which differ by noise only"
         if len(document["machines"]) <= 1
-        else "Speeds were measured on different machines and do not compare"
+        else tables.OTHER_MACHINES
     )
     return f"{title} on {dataset} against speed; {key}. {speed}. On the line, beaten by nobody in both: {best}."
 

@@ -139,7 +139,8 @@ def _label_points(
     px = figure.dpi / 72
     taken = [_box_of(axes, point, px) for point in points] + [text.get_window_extent(renderer) for text in said]
     frame = axes.get_window_extent(renderer)
-    for names in _heaps({name: _box_of(axes, point, px) for name, point in named.items()}):
+    markers = {name: _box_of(axes, point, px) for name, point in named.items()}
+    for names in _heaps(markers):
         point = named[names[0]]
         text = axes.annotate(
             "\n".join(_lettering(name) for name in names),
@@ -148,7 +149,7 @@ def _label_points(
         )  # fmt: skip
         size = text.get_window_extent(renderer)
         best = min(
-            _places(_box_of(axes, point, px), size.width, size.height, px),
+            _places(markers[names[0]], size.width, size.height, px),
             key=lambda place: _badness(place[0], taken, frame) + place[1],
         )[0]
         taken.append(best)

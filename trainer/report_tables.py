@@ -12,6 +12,7 @@ from trainer.gate import best_value
 from trainer.origins import digests
 
 Document = dict[str, Any]
+OTHER_MACHINES = "Speeds were measured on different machines and do not compare"
 _SCORES_FROM = 5
 """The column of `scores` with the first metric."""
 Rows = list[list[str]]
@@ -153,7 +154,7 @@ def warnings(document: Document) -> list[str]:
         found.append(f"{unequal} of the paired differences are not at equal budget; their last column says why.")
     machines = document.get("machines", [])
     if len(machines) > 1:
-        found.append(f"Speeds were measured on different machines and do not compare: {'; '.join(machines)}.")
+        found.append(f"{OTHER_MACHINES}: {'; '.join(machines)}.")
     return [*found, *document.get("notes", [])]
 
 

@@ -145,7 +145,9 @@ class Runs:
                 if error.error_code in _ABSENT:
                     return None
                 raise
-        return _student_run(run, self._experiments.get(run.info.experiment_id, "")), str(found.version)
+            home = run.info.experiment_id
+            experiment = self._experiments.get(home) or self._client.get_experiment(home).name
+        return _student_run(run, experiment), str(found.version)
 
     def samples(self, run: StudentRun, dataset: str) -> Columns | None:
         """The columns of the run's samples table on that data set; None where it has none. Read once."""

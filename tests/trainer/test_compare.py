@@ -13,8 +13,7 @@ from storage.errors import InputError
 from tests.trainer.mlflow_store import Store, student
 from trainer.cases import paired_metric
 from trainer.compare import Comparison, best_of, compare, pareto
-from trainer.config import CompareConfig
-from trainer.gate import better_by
+from trainer.config import CompareConfig, better_by
 from trainer.job import student_folder
 from trainer.pictures import sheet
 from trainer.report import write_report
