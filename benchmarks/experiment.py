@@ -29,7 +29,6 @@ from unittest.mock import patch
 
 import torch
 from matplotlib.figure import Figure
-from train_demo_teacher import has_bfloat16  # the benchmark beside this one
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the online teacher that the tests hold the trainer to
@@ -42,6 +41,7 @@ from pipeline.loading import read_document  # noqa: E402
 from tests.online import in_the_loop, job_of  # noqa: E402
 from trainer.evaluate import EvaluateJob, EvaluationSet, evaluate_student  # noqa: E402
 from trainer.loop import train  # noqa: E402
+from trainer.optimizing import has_bfloat16  # noqa: E402
 
 DATASET, METRIC = "open-val", "pa_mpjpe_mm"
 BACKBONES = {"mobilenetv3": "mobilenetv3_small_100", "repvit": "repvit_m0_9", "convnext": "convnext_atto"}

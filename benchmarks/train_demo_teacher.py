@@ -1,19 +1,23 @@
 """Train the small teacher of the demo on synthesised hands, and write it as a checkpoint in HaMeR's layout.
 
-    python benchmarks/train_demo_teacher.py FOLDER [--pictures 40000] [--minutes 480]
+    python benchmarks/train_demo_teacher.py FOLDER [--pictures 40000] [--steps 30000]
     python benchmarks/train_demo_teacher.py FOLDER --export models/assets/demo_teacher
 
-Renders the training pictures into FOLDER first (about eleven minutes on two cores), then trains for the minutes given,
-counted over all starts: stopped and started again it goes on from its last checkpoint. `--export` writes the best
-network so far, `--start-from models/assets/demo_teacher/checkpoints/hamer.ckpt` trains the one in the package further.
+Renders the training pictures into FOLDER first (about eleven minutes on two cores), then trains a student whose
+backbone is HaMeR's own by the trainer's loop (`trainer.loop.train`): stopped and started again it goes on from its
+last checkpoint. `--export` writes the best network so far; `--start-from` trains another one further, such as
+models/assets/demo_teacher/checkpoints/hamer.ckpt.
 
-A vision transformer learns slowly from few pictures. So it starts with filters that whiten patches and with attention
-to neighbours, and while it trains each token also says which joints and which parts of the hand it sees; the layer that
-says so is left out of the checkpoint.
+Only what it learns from is of its own. No teacher has looked at these pictures, so nothing ties it to stored views, and
+every step cuts and colours new ones, half of them as other cameras would have them. And since a vision transformer
+learns slowly from few pictures, it starts with filters that whiten patches and with attention to neighbours, and while
+it trains each token also says which joints and which parts of the hand it sees; the layer that says so is left out of
+the checkpoint. With `--tokens 80` most steps look at less than half of each picture's tokens, at those on the hand more
+often than at others, and take half the time.
 
-On a GPU one process trains and one a core prepares its batches. On a CPU it is one process of one thread a core: 64 to
-80 pictures a second on two cores with bfloat16 products, 10 on two old ones without. Products are in
-bfloat16 where the machine has them; where a CPU has to imitate them they are twenty times as slow as in float32.
+On a GPU one process trains and one a core prepares its batches. On a CPU it is one process of one thread a core.
+Products are in bfloat16 where the machine has them; where a CPU has to imitate them they are twenty times as slow as in
+float32 (docs/log.md has both machines).
 """
 
 from __future__ import annotations
@@ -21,8 +25,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +35,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -50,17 +52,25 @@ from models.crops import (
     move_labels,
 )
 from models.hamer import hands_from_features
-from models.hand_model import HandModel, load_hand_model
+from models.hand_model import OPEN_HAND, HandModel, load_hand_model
 from models.preprocessing import FOCAL_LENGTH_PX, normalise
 from models.sizes import DecoderSizes, VitSizes
 from models.student import Student, StudentSpec, export_hamer_checkpoint
-from models.vit import Vit
+from models.vit import GRID_HW, Vit
 from stages.config import HamerNpzDataset, SynthesiseConfig, SynthesiseSet
 from stages.skinning import pose_hand, rotation_matrices
 from stages.synthesise import run_unit, synthesise_units, unit_done
-from trainer.config import LossWeights
+from storage.durable import canonical_json, sha256_bytes
+from trainer.config import StudentRecipe
+from trainer.data import LABELS, PICTURES, Batch
+from trainer.distributed import Group
+from trainer.job import STUDENT, Silent, TrainJob
+from trainer.learner import StudentUnderTraining, Tensors
+from trainer.lessons import Lessons
+from trainer.loop import train
 from trainer.losses import label_losses, weighted
 from trainer.metrics import mpjpe_mm, pa_mpjpe_mm
+from trainer.optimizing import has_bfloat16
 
 SIZES = VitSizes(embed_dim=192, depth=8, num_heads=3)
 SPEC = StudentSpec(
@@ -70,20 +80,35 @@ SPEC = StudentSpec(
 )
 BATCH = {"cpu": 64, "cuda": 256}
 """Of all processes together, by the kind of device."""
-LR_MATRICES, LR_OTHERS, WARMUP_STEPS, WEIGHT_DECAY = 1.5e-3, 1e-3, 200, 0.05
-FALL = 0.3
-"""The last share of the time, in which the learning rate falls to nothing; before that it stays, so that a run can be
-prolonged."""
-AVERAGED = 0.999
-WEIGHTS = LossWeights(keypoints_3d=0.15, keypoints_2d=0.03, global_orient=0.02, hand_pose=0.02, betas=0.0005)
+RECIPE: dict[str, Any] = {
+    "on": ["synthesised"],
+    "backbone": SPEC.backbone,
+    "vit": SIZES,
+    "decoder": SPEC.decoder,
+    "optimizer": "muon",
+    "lr": 1.5e-3,
+    "weight_decay": 0.05,
+    "warmup_steps": 200,
+    "average": 0.999,
+    "loss": {"keypoints_3d": 0.15, "keypoints_2d": 0.03, "global_orient": 0.02, "hand_pose": 0.02, "betas": 0.0005},
+    "validate_every": 250,
+    "checkpoint_every": 250,
+}
 TOKEN_LOSS_WEIGHT = 0.3
-LOSSES = ("total", "labels", "joints", "parts")
-CHECK_EVERY_STEPS = 250
+"""Of what the tokens say; it falls as the learning rate does."""
+WHOLE_EVERY, WHOLE_AT_LAST = 5, 0.15
+"""Every so manyth step sees whole pictures whatever `--tokens` says, and so does the last share of them: a network that
+sees nothing but parts is 0.5 mm worse on wholes than on parts, as where tokens lie tells it where the hand is."""
 CHUNK, HELD_OUT = 1000, 500
 SEEDS = {"train": 1000, "held-out": 2000}
 """Apart from those of the sets that pipeline.yaml synthesises: the demo must not meet its teacher's pictures."""
 TEACHER_BOX_SHARE = 0.35
 """Of views cut as HaMeR is evaluated, with a wider box than it is trained with."""
+ALL_TOKENS = GRID_HW[0] * GRID_HW[1]
+HAND_TOKENS_FIRST = 10.0
+"""How much more readily a token on the hand is kept than another, where not all are: 96 of 192 then have 98% of the
+hand's, and a network that knows whole pictures answers them 0.1 mm worse (0.3 mm at 4, 2.2 mm at 1; docs/log.md)."""
+KEYPOINTS_2D = "labels/keypoints_2d"
 PART_VERTICES = slice(None, None, 4)
 """Enough to say which tokens see a part."""
 
@@ -129,10 +154,15 @@ def render(folder: Path, chunk: int, name: str = "train", hands: int = CHUNK) ->
     return Pictures([folder / place / "rgb" / str(file) for file in arrays["imgname"]], arrays, np.load(projected))
 
 
-def render_all(folder: Path, pictures: int) -> None:
+def chunks_of(arguments: argparse.Namespace) -> range:
+    """The files that hold the pictures asked for."""
+    return range(arguments.skip_pictures // CHUNK, -(-(arguments.skip_pictures + arguments.pictures) // CHUNK))
+
+
+def render_all(folder: Path, chunks: range) -> None:
     """Every file, a process a core."""
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for _ in pool.imap_unordered(partial(_render_quietly, folder), range(-(-pictures // CHUNK))):
+        for _ in pool.imap_unordered(partial(_render_quietly, folder), chunks):
             pass
 
 
@@ -164,84 +194,126 @@ def _vertices_px(arrays: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
     return np.stack(seen).astype(np.float32)
 
 
-def batch_of(
-    pictures: Pictures, indices: NDArray[np.int64], rng: np.random.Generator | None = None
-) -> dict[str, Tensor]:
-    """Pictures and labels of a batch; without a generator the plain crops."""
+def batch_of(pictures: Pictures, indices: NDArray[np.int64], rng: np.random.Generator | None = None) -> Batch:
+    """A batch as the trainer's caches give it, with `vertices_px` beside; without a generator the plain crops."""
     plans = [(IDENTITY, STUDENT_BOX) if rng is None else _drawn(rng) for _ in indices]
     views = [pictures.view(int(i), *plan) for i, plan in zip(indices, plans, strict=True)]
-    made = {"pictures": torch.from_numpy(np.stack([picture for picture, _, _ in views]))}
-    made["vertices_px"] = torch.from_numpy(np.stack([vertices for _, _, vertices in views]))
-    for name in ("keypoints_2d", "keypoints_3d", "global_orient", "hand_pose", "betas"):
-        made[name] = torch.from_numpy(np.stack([getattr(labels, name) for _, labels, _ in views]).astype(np.float32))
-    ones = torch.ones(len(views))
-    return made | {"has_hand_pose": ones, "has_betas": ones}
+    seen = [picture if rng is None else weathered(picture, rng) for picture, _, _ in views]
+    made: Batch = {PICTURES: np.stack(seen)}
+    made["vertices_px"] = np.stack([vertices for _, _, vertices in views])
+    made["sample_id"] = np.array([f"{pictures.files[i].parents[1].name}/{pictures.files[i].stem}" for i in indices])
+    for key in LABELS:
+        name = key.removeprefix("labels/")
+        known = not name.startswith("has_")
+        values = [getattr(labels, name) for _, labels, _ in views] if known else [1.0] * len(views)
+        made[key] = np.stack(values).astype(np.float32)
+    return made
+
+
+def weathered(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """As other cameras would have it, for the sake of photographs: half of all views are left as they are rendered.
+
+    Small hands enlarged, contrast and light, faded or strong colours, sharpened edges, noise. (256,256,3).
+    """
+    if rng.random() < 0.5:
+        return picture
+    seen = picture
+    if rng.random() < 0.3:
+        side_px = int(np.exp(rng.uniform(np.log(28), np.log(128))))
+        small = cv2.resize(seen, (side_px, side_px), interpolation=cv2.INTER_AREA)
+        seen = cv2.resize(small, seen.shape[1::-1], interpolation=cv2.INTER_CUBIC if side_px % 2 else cv2.INTER_LINEAR)
+    colours = seen.astype(np.float32)
+    if rng.random() < 0.3:
+        colours += rng.uniform(0.3, 1.2) * (colours - cv2.GaussianBlur(colours, (0, 0), rng.uniform(0.8, 2.0)))
+    if rng.random() < 0.5:
+        grey = colours.mean(axis=2, keepdims=True)
+        colours = grey + np.float32(rng.uniform(0.2, 1.6)) * (colours - grey)
+    if rng.random() < 0.3:
+        channels = 1 if rng.random() < 0.5 else 3
+        noise = rng.standard_normal((*seen.shape[:2], channels), np.float32)
+        colours += np.float32(rng.uniform(2, 12)) * noise
+    gamma, contrast, light = np.exp(rng.uniform(-0.4, 0.4)), rng.uniform(0.7, 1.3), rng.uniform(-25, 25)
+    curve = ((np.arange(256) / 255) ** gamma * 255 - 128) * contrast + 128 + light
+    return np.asarray(cv2.LUT(colours.clip(0, 255).astype(np.uint8), curve.clip(0, 255).astype(np.uint8)))
 
 
 def _drawn(rng: np.random.Generator) -> tuple[Augmentation, BoxRule]:
     return draw_augmentation(rng), TEACHER_BOX if rng.random() < TEACHER_BOX_SHARE else STUDENT_BOX
 
 
-class Batches(Dataset[dict[str, Tensor]]):
-    """A process's share of the batch of each step, by the step's number: the same whoever prepares it."""
+class FreshViews(Dataset[Batch]):
+    """A worker's share of every batch: each step's views are drawn anew, by its number. `trainer.lessons.Mix`."""
 
-    def __init__(self, pictures: Pictures, share: int, rank: int) -> None:
-        self.pictures, self.share, self.rank = pictures, share, rank
+    def __init__(self, pictures: Pictures, held_out: Pictures, batch_size: int, group: Group) -> None:
+        self.pictures, self.plain, self.batch_size, self.group = pictures, held_out, batch_size, group
 
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
+    def batch(self, step: int) -> Batch:
         cv2.setNumThreads(1)
-        rng = np.random.default_rng([SEEDS["train"], step, self.rank])
-        return batch_of(self.pictures, rng.integers(len(self.pictures), size=self.share), rng)
+        rng = np.random.default_rng([SEEDS["train"], step, self.group.rank])
+        return batch_of(self.pictures, rng.integers(len(self.pictures), size=self.batch_size // self.group.size), rng)
 
-    def from_step(self, step: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-        """Batches on the device, without end. On a CPU the training process makes its own: it has no core to spare."""
-        workers = os.cpu_count() or 1 if device.type == "cuda" else 0
-        options: dict[str, Any] = {"num_workers": workers, "pin_memory": workers > 0}
-        for batch in DataLoader(self, batch_size=None, sampler=range(step, 1 << 31), **options):
-            yield to_device(batch, device)
+    __getitem__ = batch
 
+    def batches(self, first_step: int, last_step: int, workers: int) -> Iterator[Batch]:
+        """workers: processes and not threads, as half of cutting a view is Python. 0, on a CPU: no core is left."""
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": workers > 0 and torch.cuda.is_available()}
+        for batch in DataLoader(self, batch_size=None, sampler=range(first_step, last_step), **options):
+            yield {key: value.numpy() if isinstance(value, Tensor) else value for key, value in batch.items()}
 
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+    @property
+    def validation_size(self) -> int:
+        return len(self.plain)
 
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 itself."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = torch.cpu.get_capabilities()
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    def validation_batches(self) -> Iterator[Batch]:
+        parts = np.array_split(np.arange(len(self.plain)), -(-len(self.plain) // self.batch_size))
+        for part in parts[self.group.rank :: self.group.size]:
+            yield batch_of(self.plain, part)
 
 
-class Learner(nn.Module):
+class Learner(StudentUnderTraining):
     """The network, and the layer that says what each token sees: 21 joints, 16 parts."""
 
     part: Tensor
+    step: Tensor
 
-    def __init__(self, hand: HandModel, bfloat16: bool) -> None:
-        super().__init__()
-        self.bfloat16 = bfloat16
-        self.student = Student(SPEC, hand)
+    def __init__(self, recipe: StudentRecipe, hand: HandModel, tokens: int) -> None:
+        super().__init__(Student(SPEC, hand), recipe, "full", SIZES.embed_dim)
+        self.tokens = tokens
         self.seen = nn.Conv2d(SIZES.embed_dim, 21 + 16, kernel_size=1)
         nn.init.constant_(self.seen.bias, -3.0)  # most tokens see no part of the hand
 
         part = torch.from_numpy(hand.weights[PART_VERTICES].argmax(axis=1))
         self.register_buffer("part", part, persistent=False)
+        self.register_buffer("step", torch.zeros(()))
 
-    def loss(self, batch: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
-        """rate: the learning rate's share of its highest; the tokens' loss falls with it."""
-        with torch.autocast(batch["pictures"].device.type, torch.bfloat16, enabled=self.bfloat16):
-            features = self.student.backbone(normalise(batch["pictures"]))
-        features = features.float()
-        out = hands_from_features(features, self.student.mano_head, self.student.mano, FOCAL_LENGTH_PX)
-        joint_scores, part_scores = self.seen(features).flatten(2).split([21, 16], dim=1)
-        targets = token_targets(batch["keypoints_2d"][..., :2])
-        joints = -(targets * joint_scores.log_softmax(dim=2)).sum(dim=(1, 2)) / 21
-        seen = parts_in_tokens(batch["vertices_px"], self.part)
-        parts = 16 * F.binary_cross_entropy_with_logits(part_scores, seen, reduction="none").mean(dim=(1, 2))
-        labels = weighted(label_losses(out, batch), WEIGHTS)
-        total = labels + TOKEN_LOSS_WEIGHT * rate * (joints + parts)
-        return {name: each.mean() for name, each in zip(LOSSES, (total, labels, joints, parts), strict=True)}
+    def losses(self, batch: Tensors, workers: int = 1) -> tuple[Tensor, Tensors, Tensors]:
+        if not self.training:
+            return super().losses(batch, workers)
+        share_done = float(self.step) / self.recipe.steps
+        in_parts = share_done < 1 - WHOLE_AT_LAST and int(self.step) % WHOLE_EVERY
+        tokens = self.tokens if in_parts else ALL_TOKENS
+        self.step += 1
+        vit: Vit = self.student.backbone
+        seen, targets = parts_in_tokens(batch["vertices_px"], self.part), token_targets(batch[KEYPOINTS_2D][..., :2])
+        with torch.autocast(batch[PICTURES].device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            x_BTC = vit.embed(normalise(batch[PICTURES]))
+            if tokens < ALL_TOKENS:
+                kept_B1T = kept_tokens(seen, tokens)[:, None]
+                x_BTC = x_BTC.gather(1, kept_B1T.transpose(1, 2).expand(-1, -1, x_BTC.shape[2]))
+                seen, targets = (each.gather(2, kept_B1T.expand(-1, each.shape[1], -1)) for each in (seen, targets))
+            features_BCT1 = vit.transform(x_BTC).transpose(1, 2)[..., None].float()
+        out = hands_from_features(features_BCT1, self.student.mano_head, self.student.mano, FOCAL_LENGTH_PX)
+        labels = label_losses(out, {key.removeprefix("labels/"): batch[key] for key in LABELS})
+        joint_scores, part_scores = self.seen(features_BCT1).flatten(2).split([21, 16], dim=1)
+        told = {
+            "labels": weighted(labels, self.recipe.loss),
+            "token/joints": -(targets * joint_scores.log_softmax(dim=2)).sum(dim=(1, 2)) / 21,
+            "token/parts": 16
+            * F.binary_cross_entropy_with_logits(part_scores, seen, reduction="none").mean(dim=(1, 2)),
+        }
+        fall = TOKEN_LOSS_WEIGHT * (1 - share_done)
+        total = (told["labels"] + fall * (told["token/joints"] + told["token/parts"])).mean()
+        return total, {name: each.detach().mean() for name, each in told.items()}, out
 
 
 def start_well(vit: Vit, pictures: Tensor) -> None:
@@ -296,6 +368,13 @@ def parts_in_tokens(vertices_BV2: Tensor, part_V: Tensor) -> Tensor:
     return seen[:, :-1].view(-1, 16, 192)
 
 
+def kept_tokens(seen_BPT: Tensor, count: int) -> Tensor:
+    """(B, count): tokens drawn without replacement, those that hold parts of the hand more readily than others."""
+    readiness = 1 + (HAND_TOKENS_FIRST - 1) * seen_BPT.amax(dim=1)
+    # Whoever waits least, at these rates, is drawn first (Efraimidis and Spirakis, 2006).
+    return (torch.empty_like(readiness).exponential_() / readiness).topk(count, dim=1, largest=False).indices
+
+
 @torch.no_grad()
 def evaluate(student: Student, pictures: Pictures) -> dict[str, float]:
     """Errors on the set's plain crops, in millimetres; proper rotations only."""
@@ -304,8 +383,9 @@ def evaluate(student: Student, pictures: Pictures) -> dict[str, float]:
     device = next(student.parameters()).device
     for indices in np.array_split(np.arange(len(pictures)), -(-len(pictures) // BATCH["cpu"])):
         batch = batch_of(pictures, indices)
-        found.append(student(normalise(batch["pictures"].to(device)))["keypoints_3d"].cpu().numpy())
-        true.append(batch["keypoints_3d"][..., :3].numpy())
+        images = normalise(torch.from_numpy(batch[PICTURES]).to(device))
+        found.append(student(images)["keypoints_3d"].cpu().numpy())
+        true.append(batch["labels/keypoints_3d"][..., :3])
     student.train()
     joints, truth = np.concatenate(found).astype(np.float64), np.concatenate(true).astype(np.float64)
     aligned = pa_mpjpe_mm(joints, truth, reflection=False)
@@ -321,181 +401,114 @@ def mean_pose_error(hand: HandModel, pictures: Pictures) -> float:
     return float(pa_mpjpe_mm(np.tile(joints, (len(truth), 1, 1)), truth.astype(np.float64), reflection=False).mean())
 
 
-def rate_at(step: int, share_done: float) -> float:
-    """Share of the highest learning rate: warm-up by steps, then all of it, then a fall by the share of the time."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, max(0.0, 1 - share_done) / FALL)
+def first_views(pictures: Pictures) -> Tensor:
+    """Some plain crops, in which the hands have to be as large as they are cut out."""
+    batch = batch_of(pictures, np.arange(min(200, len(pictures))))
+    joints = batch[KEYPOINTS_2D][..., :2]
+    longer_side = float(np.median(np.ptp(joints, axis=1).max(axis=1)))
+    assert 0.2 < longer_side < 1, f"a hand takes {longer_side:.3f} of its crop: in which unit is the box?"
+    return torch.from_numpy(batch[PICTURES])
 
 
-def orthogonal(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, smallest_norm: float) -> Tensor:
-    """Muon's iteration in the gradient's own precision. torch's is in bfloat16, and took more than half of a step where
-    a CPU imitates that."""
-    a, b, c = coefficients
-    turned = gradient.size(0) > gradient.size(1)
-    matrix = gradient.T if turned else gradient
-    matrix = matrix / matrix.norm().clamp(min=smallest_norm)
-    for _ in range(steps):
-        gram = matrix @ matrix.T
-        matrix = torch.addmm(matrix, torch.addmm(gram, gram, gram, beta=b, alpha=c), matrix, beta=a)
-    return matrix.T if turned else matrix
+class Prints(Silent):
+    """What a training says, in lines."""
 
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        shown = ("loss", "labels", "token/joints", "token/parts", "pictures_per_s")
+        print(f"step {step}", *(f"{name} {metrics[name]:.3f}" for name in shown), flush=True)
 
-def optimizers_for(learner: Learner) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between layers, as its authors use it; AdamW for the rest."""
-    if not learner.bfloat16:
-        torch.optim._muon._zeropower_via_newtonschulz = orthogonal
-    within = [*learner.student.backbone.blocks.parameters(), *learner.student.mano_head.transformer.parameters()]
-    matrices = {id(parameter) for parameter in within if parameter.ndim == 2}
-    between = [parameter for parameter in learner.parameters() if id(parameter) in matrices]
-    rest = [parameter for parameter in learner.parameters() if id(parameter) not in matrices]
-    return [
-        torch.optim.Muon(between, lr=LR_MATRICES, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=LR_OTHERS, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99)),
-    ]
-
-
-class Run:
-    """A training run in a folder: it goes on from where the last one there stopped."""
-
-    def __init__(
-        self,
-        folder: Path,
-        minutes: float,
-        pictures: Pictures,
-        held_out: Pictures,
-        hand: HandModel,
-        device: torch.device,
-    ) -> None:
-        torch.manual_seed(0)
-        self.folder, self.budget_s, self.pictures, self.held_out = folder, minutes * 60, pictures, held_out
-        self.device = device
-        self.rank, self.ranks = distributed.get_rank(), distributed.get_world_size()
-        self.learner = Learner(hand, has_bfloat16(device))
-        self.optimizers = optimizers_for(self.learner)
-        self.step, self.spent_s, self.best = 0, 0.0, float("inf")
-        self.mean_pose_mm = mean_pose_error(hand, held_out)
-
-    def resume_or_start(self, start_from: Path | None) -> None:
-        checkpoint = self.folder / "checkpoint.pt"
-        if checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            self.learner.load_state_dict(state["learner"])
-            self.step, self.spent_s, self.best = state["step"], state["spent_s"], state["best"]
-        elif start_from is not None:
-            known = self.learner.student.state_dict()
-            known.update({name: value.float() for name, value in read_checkpoint(start_from).items()})
-            self.learner.student.load_state_dict(known)
-        else:
-            start_well(self.learner.student.backbone, self.first_views())
-        self.learner.to(self.device)
-        self.average = ModelEmaV3(self.learner, AVERAGED, use_warmup=True)
-        if checkpoint.exists():
-            self.average.module.load_state_dict(state["average"])
-            for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(its_state)
-
-    def first_views(self) -> Tensor:
-        """Some plain crops, in which the hands have to be as large as they are cut out."""
-        batch = batch_of(self.pictures, np.arange(min(200, len(self.pictures))))
-        joints = batch["keypoints_2d"][..., :2]
-        longer_side = (joints.amax(dim=1) - joints.amin(dim=1)).amax(dim=1).median()
-        assert 0.2 < longer_side < 1, f"a hand takes {longer_side:.3f} of its crop: in which unit is the box?"
-        return batch["pictures"]
-
-    def train(self) -> None:
-        last = time.monotonic()
-        share = BATCH[self.device.type] // self.ranks
-        for batch in Batches(self.pictures, share, self.rank).from_step(self.step, self.device):
-            if self.spent_s >= self.budget_s:
-                break
-            losses = self.one_step(batch)
-            self.spent_s = self.agreed(self.spent_s + time.monotonic() - last)
-            last = time.monotonic()
-            if self.step % 50 == 0 and self.rank == 0:
-                shown = " ".join(f"{name} {float(value.detach()):.4f}" for name, value in losses.items())
-                print(f"step {self.step} min {self.spent_s / 60:.1f} {shown}", flush=True)
-            if self.rank == 0 and (self.step % CHECK_EVERY_STEPS == 0 or self.spent_s >= self.budget_s):
-                self.check()
-
-    def agreed(self, value: float) -> float:
-        """The first process's: all must take the same decisions."""
-        told = torch.tensor([value], dtype=torch.float64)
-        distributed.broadcast(told, 0)
-        return float(told)
-
-    def one_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        rate = rate_at(self.step, self.spent_s / self.budget_s)
-        losses = self.learner.loss(batch, rate)
-        for optimizer, highest in zip(self.optimizers, (LR_MATRICES, LR_OTHERS), strict=True):
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = highest * rate
-        losses["total"].backward()  # type: ignore[no-untyped-call]  # torch types it not
-        self.share_gradients()
-        nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.step += 1
-        self.average.update(self.learner, self.step)
-        return losses
-
-    def share_gradients(self) -> None:
-        """The mean over the processes, in one message."""
-        if self.ranks == 1:
-            return
-        gradients = [parameter.grad for parameter in self.learner.parameters() if parameter.grad is not None]
-        message = nn.utils.parameters_to_vector(gradients)
-        distributed.all_reduce(message)
-        nn.utils.vector_to_parameters(message / self.ranks, gradients)
-
-    def check(self) -> None:
-        """Score the averaged network, keep it if it is the best so far, and write the checkpoint."""
-        averaged: Learner = self.average.module
-        found = evaluate(averaged.student, self.held_out)
-        errors = f"PA {found['pa_mpjpe_mm']:.2f} mm, from the wrist {found['mpjpe_mm']:.1f} mm"
-        print(f"step {self.step}: held out {errors}; mean pose PA {self.mean_pose_mm:.2f} mm", flush=True)
-        if found["pa_mpjpe_mm"] < self.best:
-            self.best = found["pa_mpjpe_mm"]
-            averaged.student.save(self.folder / "best")
-        saved = {"learner": self.learner.state_dict(), "average": averaged.state_dict()}
-        saved |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-        saved |= {"step": self.step, "spent_s": self.spent_s, "best": self.best}
-        torch.save(saved, self.folder / "checkpoint.partial")
-        (self.folder / "checkpoint.partial").replace(self.folder / "checkpoint.pt")
+    def on_validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        print(f"step {step}: held out PA {metrics['pa_mpjpe_mm']:.2f} mm, loss {metrics['loss']:.3f}", flush=True)
 
 
 def train_rank(rank: int, arguments: argparse.Namespace) -> None:
     """One of the processes, each with its share of every batch."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.processes))
     meeting = f"file://{(arguments.folder / f'meeting-{os.getppid()}').absolute()}"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=arguments.processes)
-    chunks = range(-(-arguments.pictures // CHUNK))
-    pictures = together([render(arguments.folder, chunk) for chunk in chunks])
+    pictures = together([render(arguments.folder, chunk) for chunk in chunks_of(arguments)])
     held_out = render(arguments.folder, 0, "held-out", HELD_OUT)
-    device, hand = torch.device(arguments.device), load_hand_model("open-hand")
-    run = Run(arguments.folder, arguments.minutes, pictures, held_out, hand, device)
-    run.resume_or_start(arguments.start_from)
-    run.train()
+    train(job_of(arguments), Prints(), Group.joined(), lessons=partial(lessons_on, pictures, held_out, arguments))
     distributed.destroy_process_group()
 
 
-def main() -> None:
+def lessons_on(
+    pictures: Pictures, held_out: Pictures, arguments: argparse.Namespace, job: TrainJob, group: Group
+) -> Lessons:
+    """What the trainer's loop learns from."""
+    crops = first_views(pictures)
+
+    def learner() -> Learner:
+        made = Learner(job.recipe, load_hand_model(OPEN_HAND), arguments.tokens)
+        if arguments.start_from is None:
+            start_well(made.student.backbone, crops)
+        else:
+            known = {name: each.float() for name, each in read_checkpoint(arguments.start_from).items()}
+            made.student.load_state_dict(made.student.state_dict() | known)
+        return made
+
+    return Lessons(FreshViews(pictures, held_out, job.recipe.batch_size, group), learner)
+
+
+def job_of(arguments: argparse.Namespace) -> TrainJob:
+    """The training, in a folder of FOLDER that is named after all that decides its weights."""
+    device = torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    given = {
+        "steps": arguments.steps,
+        "batch_size": BATCH[device.type],
+        "precision": "bf16" if has_bfloat16(device) else "fp32",
+        "loader_workers": (os.cpu_count() or 1) if on_gpu else 0,
+    }
+    recipe = StudentRecipe.model_validate(RECIPE | given)
+    start = None if arguments.start_from is None else sha256_bytes(arguments.start_from.read_bytes())
+    chunks = chunks_of(arguments)
+    what = recipe.identity() | {"start": start, "tokens": arguments.tokens, "chunks": [chunks.start, chunks.stop]}
+    identity = sha256_bytes(canonical_json(what))
+    return TrainJob(
+        name="demo-teacher",
+        seed=0,
+        recipe=recipe,
+        snapshots=(),
+        hand_model=None,
+        out_dir=arguments.folder / f"training-{identity[:8]}",
+        identity=identity,
+        device=arguments.device,
+    )
+
+
+def best_so_far(folder: Path) -> Path:
+    """The best student of the training that wrote last."""
+    found = [each for name in (STUDENT, "best-*") for each in folder.glob(f"training-*/{name}/student.json")]
+    if not found:
+        raise SystemExit(f"{folder}: nothing was trained here yet (a network is kept every 250 steps)")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def parsed(line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pictures", type=int, default=40000)
-    parser.add_argument("--minutes", type=float, default=480)
+    parser.add_argument("--skip-pictures", type=int, default=0, help="so many that --start-from was trained on")
+    parser.add_argument("--steps", type=int, default=30000, help="of 64 pictures on a CPU, 256 on a GPU")
     parser.add_argument("--device", choices=BATCH, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="on a CPU: of one thread, share a batch")
+    parser.add_argument("--tokens", type=int, default=ALL_TOKENS, help="of 192, that most steps look at")
     parser.add_argument("--start-from", type=Path, help="a hamer.ckpt of these sizes, to train further")
     parser.add_argument("--export", type=Path, help="write the best network so far here instead of training")
-    arguments = parser.parse_args()
+    return parser.parse_args(line)
+
+
+def main() -> None:
+    arguments = parsed()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     held_out = render(arguments.folder, 0, "held-out", HELD_OUT)
     if arguments.export is not None:
-        student = Student.load(arguments.folder / "best")
+        student = Student.load(best_so_far(arguments.folder))
         export_hamer_checkpoint(student, arguments.export)
         print(evaluate(student, held_out), "mean pose", mean_pose_error(student.hand_model, held_out))
         return
-    render_all(arguments.folder, arguments.pictures)
+    render_all(arguments.folder, chunks_of(arguments))
     if arguments.device == "cuda":
         arguments.processes = 1
     torch.multiprocessing.spawn(train_rank, (arguments,), nprocs=arguments.processes)

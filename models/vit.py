@@ -30,13 +30,22 @@ class Vit(nn.Module):
         self.last_norm = _norm(sizes.embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
+        features_BCT = self.transform(self.embed(images)).transpose(1, 2)
+        return features_BCT.reshape(*features_BCT.shape[:2], *GRID_HW)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B,3,256,256) to tokens (B,T,C) that know their places, row by row."""
         x_BTC = self.patch_embed(images[..., FIELD_COLUMNS])
         # Entry 0 was the class token's place; ViTPose, whose weights these were, adds it to every token.
-        x_BTC = x_BTC + self.pos_embed[:, 1:] + self.pos_embed[:, :1]
+        embedded: Tensor = x_BTC + self.pos_embed[:, 1:] + self.pos_embed[:, :1]
+        return embedded
+
+    def transform(self, x_BTC: Tensor) -> Tensor:
+        """Embedded tokens, all or some of them, to features (B,T,C)."""
         for block in self.blocks:
             x_BTC = block(x_BTC)
-        features_BCT: Tensor = self.last_norm(x_BTC).transpose(1, 2)
-        return features_BCT.reshape(*features_BCT.shape[:2], *GRID_HW)
+        features: Tensor = self.last_norm(x_BTC)
+        return features
 
 
 def _norm(width: int) -> nn.LayerNorm:

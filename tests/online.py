@@ -128,7 +128,7 @@ def run(job: TrainJob, opener: Opener = open_cache) -> Run:
     recipe, log = job.recipe, _Log()
     assert recipe.log_every == 1
     assert recipe.validation_fraction == 0
-    with _as_if_never_imported("models.teacher"), patch("trainer.loop.open_cache", opener):
+    with _as_if_never_imported("models.teacher"), patch("trainer.lessons.open_cache", opener):
         train(job, log)
     names = log.reports[0].keys() - {"grad_norm", "lr", "pictures_per_s", "loader_wait_share"}
     parts = {name: np.array([report[name] for report in log.reports]) for name in sorted(names)}
@@ -204,7 +204,7 @@ def in_the_loop(teacher: Answers) -> Iterator[LiveTeacher]:
             seen.note(batch[PICTURES], said["features"], outputs["features"], self.feature_loss)
             return total, parts, outputs
 
-    with patch("trainer.loop.StudentUnderTraining", Online):
+    with patch("trainer.lessons.StudentUnderTraining", Online):
         yield seen
 
 

@@ -115,6 +115,9 @@ class TrainOptions(Section):
     batch_size: int = Field(default=64, ge=1)
     """Of all workers together."""
     workers: StudentWorkers = StudentWorkers()
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the weights of linear layers, with AdamW for the rest. For transformers that learn from random weights;
+    convolutions do not gain by it (docs/log.md)."""
     lr: float = Field(default=1.0e-4, gt=0)
     weight_decay: float = Field(default=1.0e-4, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
@@ -201,6 +204,7 @@ class StudentRecipe(_Network, TrainOptions):
         exclude |= {"window_shards": True} if shuffle == "global" else {}
         exclude |= {"workers": {"gpus", "cpus"} if self.workers.count > 1 else True}
         exclude |= {"distill": {"projection"}} if self.distill.projection is None else {}  # as before there was the key
+        exclude |= {"optimizer": True} if self.optimizer == "adamw" else {}  # likewise
         return self.model_dump(mode="json", exclude=exclude) | {"shuffle": shuffle}
 
 

@@ -19,20 +19,18 @@ import threading
 import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models.checkpoint import read_training_state
-from models.hand_model import load_hand_model
 from models.student import Student
-from storage.cache import HAND_MODEL, open_cache
-from storage.config import FeatureGrid
 from storage.durable import (
     canonical_json,
     partial_path,
@@ -43,17 +41,17 @@ from storage.durable import (
     write_bytes_atomic,
 )
 from storage.errors import DamageError, InputError, WorkError
-from storage.identity import sound_attachment
 from trainer.averaging import WeightAverage
 from trainer.config import StudentRecipe
-from trainer.data import PICTURES, Batch, Source, TrainMix
+from trainer.data import PICTURES, Batch
 from trainer.distributed import Group, rng_states, running_statistics, seed_worker, set_rng_states
-from trainer.features import feature_decoder
 from trainer.job import CHECKPOINT, PICTURES_PNG, RESULT, STUDENT, Callbacks, Silent, TrainJob, TrainResult
 from trainer.job import params_of as params_of
 from trainer.job import read_result as read_result
-from trainer.learner import StudentUnderTraining, Tensors, keys_for, student_spec
+from trainer.learner import Tensors
+from trainer.lessons import Lessons, from_caches
 from trainer.metrics import pa_mpjpe_mm
+from trainer.optimizing import optimizer_for
 from trainer.pictures import sheet
 from trainer.prior import PosePrior, read_mocap
 from trainer.watch import Watch, stop_signal
@@ -67,11 +65,12 @@ def train(
     callbacks: Callbacks | None = None,
     group: Group | None = None,
     stop: threading.Event | None = None,
+    lessons: Callable[[TrainJob, Group], Lessons] = from_caches,
 ) -> TrainResult:
     """Train the student, or continue it, or return its result if it is done.
 
     group: the workers that train it together, all of which call this; None: this process alone. stop: set by whoever
-    catches SIGTERM; None: caught here.
+    catches SIGTERM; None: caught here. lessons: what it learns from, where that is not the job's caches.
 
     Raises InputError (a cache that cannot serve it), DamageError (its checkpoint is damaged), WorkError (a loss that
     is not finite, with the step and the samples). On SIGTERM it writes a checkpoint and raises SystemExit(143).
@@ -86,7 +85,7 @@ def train(
     if group.leads:
         sweep_partial(job.out_dir)
     start = time.perf_counter()
-    run = _Run(job, callbacks, group)
+    run = _Run(job, callbacks, group, lessons)
     run.resume()
     callbacks.on_start(params_of(job))
     with nullcontext(stop) if stop is not None else stop_signal() as stopped:
@@ -112,39 +111,21 @@ def learning_rate(recipe: StudentRecipe, step: int) -> float:
 class _Run:
     """The state of a run: what a checkpoint holds, and what is made anew from the job."""
 
-    def __init__(self, job: TrainJob, callbacks: Callbacks, group: Group) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        callbacks: Callbacks,
+        group: Group,
+        lessons: Callable[[TrainJob, Group], Lessons] = from_caches,
+    ) -> None:
         self.job, self.recipe, self.callbacks, self.group = job, job.recipe, callbacks, group
         self.device = torch.device(_device(job.device))
-        limit_bytes = int(self.recipe.disk_cache_gb * 1e9)
-        readers = [
-            open_cache(cache, {dataset: digest}, local=job.disk_cache, limit_bytes=limit_bytes)
-            for dataset, cache, digest, _ in job.snapshots
-        ]
-        self.mix = TrainMix(
-            [Source(name, reader, weight) for (name, _, _, weight), reader in zip(job.snapshots, readers, strict=True)],
-            batch_size=self.recipe.batch_size,
-            seed=job.seed,
-            keys=keys_for(self.recipe.distill),
-            validation_fraction=self.recipe.validation_fraction,
-            validation_samples=self.recipe.validation_samples,
-            colour_jitter=self.recipe.colour_jitter,
-            shuffle=self.recipe.shuffle_of(job.remote),
-            window_shards=self.recipe.window_shards,
-            rank=group.rank,
-            workers=group.size,
-        )
-        kinds = {canonical_json(reader.identity["features"] | {"C": reader.feature_shape[-1]}) for reader in readers}
-        if len(kinds) != 1:
-            told = ", ".join(kind.decode() for kind in sorted(kinds))
-            raise InputError(f"the data sets of {job.name} are cached differently: {told}; use one cache")
-        grid, teacher_dim, decoder = readers[0].grid, readers[0].feature_shape[-1], feature_decoder(readers[0].codec)
+        learning = lessons(job, group)
+        self.mix = learning.mix
         torch.manual_seed(job.seed)
-        spec = student_spec(self.recipe, job.weights)
-        student = Student(spec, load_hand_model(sound_attachment(job.hand_model or readers[0].root / HAND_MODEL)))
-        self.module = StudentUnderTraining(student, self.recipe, cast(FeatureGrid, grid), teacher_dim, decoder)
+        self.module = learning.learner()
         self.module.to(self.device).to(memory_format=self.module.memory_format)
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay)
+        self.optimizer = optimizer_for(self.module, self.recipe, self.device)
         self.prior = self._prior()
         self.average = WeightAverage(self.module, self.recipe.average)
         if self.recipe.compile:

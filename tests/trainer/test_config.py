@@ -116,6 +116,13 @@ def test_a_key_that_says_nothing_new_leaves_the_identity() -> None:
     assert said["distill"] == unsaid["distill"] | {"projection": "frozen"}
 
 
+def test_an_optimizer_is_part_of_the_identity_where_it_is_another() -> None:
+    assert "optimizer" not in student().resolve(TRAIN).identity()
+    assert student(optimizer="muon").resolve(TRAIN).identity() == student().resolve(TRAIN).identity() | {
+        "optimizer": "muon"
+    }
+
+
 def test_the_paper_never_trained_its_projection() -> None:
     with pytest.raises(ValidationError, match="the published one was never trained"):
         student(distill={"features": 1.8, "preset": "paper", "projection": "trained"})

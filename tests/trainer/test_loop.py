@@ -68,9 +68,14 @@ def test_a_student_is_trained_validated_saved_and_done(tmp_path: Path) -> None:
     assert again.losses == {}
 
 
-@pytest.mark.parametrize(("die_after", "average"), [(1, None), (3, 0.9), (5, None), (5, 0.9), (6, None)])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, die_after: int, average: float | None) -> None:
-    job = tiny_job(tmp_path, average=average, **HYBRID)
+@pytest.mark.parametrize(
+    ("die_after", "average", "optimizer"),
+    [(1, None, "adamw"), (3, 0.9, "adamw"), (5, None, "muon"), (5, 0.9, "adamw"), (6, None, "adamw")],
+)
+def test_a_killed_run_resumes_bit_for_bit(
+    tmp_path: Path, die_after: int, average: float | None, optimizer: str
+) -> None:
+    job = tiny_job(tmp_path, average=average, optimizer=optimizer, **HYBRID)
     undisturbed, before, after = Log(), Log(die_after), Log()
     whole = train(job, undisturbed)
     killed = in_folder(job, "killed")
