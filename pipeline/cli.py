@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from pipeline.logs import forwarding, set_up_logging, write_line
 from pipeline.stopping import NOTICE
+from pipeline.waiting import wait_asleep
 from storage.errors import DamageError, InputError, WorkError
 
 STAGE_NAMES = ("synthesise", "ingest", "teach", "train", "evaluate", "compare")
@@ -27,6 +28,7 @@ _GO_ON = "what is finished is kept, the same command goes on from there"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
+    wait_asleep()
     try:
         arguments, unknown = build_parser().parse_known_args(given)
         if unknown:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from pipeline.config import ClusterConfig
 from pipeline.events import telling, told
 from pipeline.usage import metered
+from pipeline.waiting import wait_asleep
 from pipeline.workdir import Claim
 from storage.errors import DamageError, InputError, WorkError
 from trainer.config import StudentWorkers
@@ -92,6 +93,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     # It says at every start that token authentication is on, which is how we want it.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     local = cluster.address == "local"
+    wait_asleep()
     # On one core a teacher actor and the decoding beside it would wait for each other for ever.
     where: dict[str, Any] = (
         {

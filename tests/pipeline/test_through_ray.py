@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,21 +38,27 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.C
 
 
 LISTENERS = """
-import json, psutil, ray
+import json, os, psutil, ray
 from pipeline.config import ClusterConfig
 from pipeline.workers import ray_session
 with ray_session(ClusterConfig()):
-    ray.get(ray.remote(lambda: 1).remote())
+    policy = ray.get(ray.remote(lambda: os.environ["OMP_WAIT_POLICY"]).remote())
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
     sockets = [s for p in family for s in p.net_connections() if s.status == psutil.CONN_LISTEN]
-    print(json.dumps([s.laddr.ip.removeprefix("::ffff:") for s in sockets]))
+    print(json.dumps([policy, *(s.laddr.ip.removeprefix("::ffff:") for s in sockets)]))
 """
 
 
-def test_a_ray_of_our_own_listens_on_loopback_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", LISTENERS], cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(("told", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_a_ray_of_our_own_listens_on_loopback_alone_and_its_threads_wait_as_told(
+    told: dict[str, str], policy: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | told
+    line = [sys.executable, "-c", LISTENERS]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    waits, *found = json.loads(done.stdout.splitlines()[-1])
+    assert waits == policy
     assert len(found) > 5
     assert set(found) == {"127.0.0.1"}
 
