@@ -81,7 +81,7 @@ def test_joined_tars_are_refused(tmp_path: Path) -> None:
         _scan(tmp_path / "joined.tar")
 
 
-@pytest.mark.parametrize("content", [gzip.compress(bytes(2000)), b"<html>" + b"x" * 2000])
+@pytest.mark.parametrize("content", [gzip.compress(bytes(2000)), b"<html>" + b"x" * 2000], ids=["gzip", "html"])
 def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "0.tar").write_bytes(content)
     with pytest.raises(InputError, match=r"0\.tar"):
