@@ -307,6 +307,10 @@ class Hands:
         `network`: another file of the folder than preprocessing.json names.
         `threads`: 0 is as many as there are cores."""
         folder = Path(export).absolute()  # "." has no name to look beside
+        if not (folder / DESCRIPTION).is_file():
+            raise FileNotFoundError(
+                f"{folder}: no {DESCRIPTION} is in it; want the folder that `handstill export` wrote"
+            )
         self.description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -349,6 +353,8 @@ class Hands:
         if not boxes:
             return []
         for box in boxes:
+            if not isinstance(box, Box):
+                raise TypeError(f"{box!r} is no box; want Box(x, y, width, height, right), in pixels of the photograph")
             box.check(pixels.shape[1], pixels.shape[0], self._square_px(box))
         cuts = [self._cut(pixels, box) for box in boxes]
         said = self(np.stack([cut.picture for cut in cuts]))
@@ -409,5 +415,10 @@ def camera_in_photo(
 
 
 def _decoded(path: str | Path) -> NDArray[np.uint8]:
-    with Image.open(path) as picture:
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path}: cannot be read as a picture ({error}); want a JPEG, a PNG or the like") from error

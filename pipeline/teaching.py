@@ -125,7 +125,7 @@ def _why(work: list[dict[str, Any]]) -> Iterator[str]:
     for line, found in sources.items():
         some = ", ".join(list(found)[:SOURCES_NAMED])
         more = f" and {len(found) - SOURCES_NAMED} more files" if len(found) > SOURCES_NAMED else ""
-        yield f"{line}, {found.total()} shards: {some}{more}"
+        yield f"{line}, {found.total()} shard{'s' * (found.total() != 1)}: {some}{more}"
 
 
 def _calibration_line(train: CacheState, views: int) -> str:

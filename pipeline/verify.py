@@ -220,7 +220,8 @@ def verify_text(document: Mapping[str, Any]) -> str:
     """The same for a person."""
     gigabytes, seconds = document["bytes"] / 1e9, document["seconds"]
     lines = [
-        f"{document['shards']} shards, {human_bytes(document['bytes'])} read in {seconds:.1f} s "
+        f"{document['shards']} shard{'s' * (document['shards'] != 1)}, {human_bytes(document['bytes'])} read in "
+        f"{seconds:.1f} s "
         f"({seconds / max(gigabytes, 1e-9):.1f} s a GB), {len(document['damaged'])} things damaged"
     ]
     lines += [f"  {line}" for line in document["damaged"]]

@@ -53,7 +53,7 @@ from trainer.export_files import (
 
 log = logging.getLogger("handstill")
 
-EXPORT_VERSION = 3
+EXPORT_VERSION = 4
 """Raised when an export's bytes change for another reason than its student's; part of its name."""
 NETWORK, NETWORK_INT8 = "model.onnx", "model.int8.onnx"
 HAND_MODEL_OF_PYTORCH = "hand_model.safetensors"

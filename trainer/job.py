@@ -28,17 +28,21 @@ def student_folder(path: Path) -> Path:
 
     Raises InputError where several are there.
     """
-    if (path / "student.json").is_file():
+    if _is_student(path):
         return path
     found = [
         inner
         for above in ("", "*/", "*/*/", "*/*/*/")
         for inner in sorted(path.glob(above + STUDENT))
-        if (inner / "student.json").is_file()
+        if _is_student(inner)
     ]
     if len(found) > 1:
         raise InputError(f"{path}: {len(found)} students are in it; name one of them: {', '.join(map(str, found))}")
     return found[0] if found else path
+
+
+def _is_student(folder: Path) -> bool:
+    return (folder / "student.json").is_file()  # models.student, which would bring torch along, writes it
 
 
 PinnedSet = tuple[str, Path | str, str, float]

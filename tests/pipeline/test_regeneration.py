@@ -140,7 +140,7 @@ def test_a_changed_tar_is_named_with_its_shards(lab: Lab) -> None:
     (shard,) = lab.plan()["teach"]["work"]
     assert (shard["dataset"], shard["role"], shard["samples"]) == ("alpha", "train", 2)
     assert (shard["reason"], shard["source"]) == ("changed", "tars/alpha-000001.tar")
-    assert "changed: alpha (train), 1 shards: tars/alpha-000001.tar" in handstill("plan", "-c", lab.config).out
+    assert "changed: alpha (train), 1 shard: tars/alpha-000001.tar" in handstill("plan", "-c", lab.config).out
     assert lab.plan()["teach"]["changes"] == [], "the cache is the same, its data are not"
     seen = len(events_of(lab.config))
     lab.run("teach")

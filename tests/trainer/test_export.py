@@ -157,6 +157,19 @@ def test_the_hand_model_is_found_from_within_the_folder_and_missed_with_its_plac
         Hands(tmp_path / "alone").in_photo(photo, [box])
 
 
+def test_what_is_no_export_no_box_and_no_picture_is_said(exported: export.ExportResult, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="want the folder that `handstill export` wrote"):
+        Hands(tmp_path)
+    hands, box = Hands(exported.folder), Box(60, 70, 100, 130, right=True)
+    with pytest.raises(TypeError, match=r"want Box\(x, y, width, height, right\)"):
+        hands.in_photo(procedural_pictures(1)[0], [(60, 70, 100, 130, True)])  # type: ignore[list-item]
+    (tmp_path / "notes.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"notes\.jpg: cannot be read as a picture"):
+        hands.in_photo(tmp_path / "notes.jpg", [box])
+    with pytest.raises(FileNotFoundError):
+        hands.in_photo(tmp_path / "nothing.jpg", [box])
+
+
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("size", [(160, 120), (90, 140)], ids=["wide", "high"])
 def test_hands_in_photographs_are_those_that_predict_gives(
