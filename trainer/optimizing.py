@@ -23,10 +23,9 @@ def optimizer_for(module: StudentUnderTraining, recipe: StudentRecipe, device: t
     if recipe.optimizer == "adamw":
         return AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
     inner = {id(matrix) for matrix in inner_matrices(module)}
-    if not has_bfloat16(device):
-        # timm's iteration is in bfloat16, which took more than half of a step where a CPU has to imitate it.
-        iterate = partial(_zeropower, dtype=torch.float32)
-        timm.optim.muon.zeropower_via_newtonschulz = iterate
+    # timm's iteration is in bfloat16 everywhere, which took more than half of a step where a CPU has to imitate it.
+    dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
+    timm.optim.muon.zeropower_via_newtonschulz = partial(_zeropower, dtype=dtype)
     groups = [
         {"params": [parameter for parameter in trained if (id(parameter) in inner) == is_inner], "use_fallback": other}
         for is_inner, other in ((True, False), (False, True))
