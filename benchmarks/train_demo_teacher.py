@@ -95,7 +95,7 @@ RECIPE: dict[str, Any] = {
     "checkpoint_every": 250,
 }
 TOKEN_LOSS_WEIGHT = 0.3
-"""Of what the tokens say; it falls as the learning rate does."""
+"""Of what the tokens say, at first; it falls evenly to nothing at the last step."""
 WHOLE_EVERY, WHOLE_AT_LAST = 5, 0.15
 """Every so manyth step sees whole pictures whatever `--tokens` says, and so does the last share of them: a network that
 sees nothing but parts is 0.5 mm worse on wholes than on parts, as where tokens lie tells it where the hand is."""
@@ -295,7 +295,7 @@ class Learner(StudentUnderTraining):
         self.step += 1
         vit: Vit = self.student.backbone
         seen, targets = parts_in_tokens(batch["vertices_px"], self.part), token_targets(batch[KEYPOINTS_2D][..., :2])
-        with torch.autocast(batch[PICTURES].device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        with torch.autocast(batch[PICTURES].device.type, torch.bfloat16, enabled=self.bf16(batch[PICTURES].device)):
             x_BTC = vit.embed(normalise(batch[PICTURES]))
             if tokens < ALL_TOKENS:
                 kept_B1T = kept_tokens(seen, tokens)[:, None]
