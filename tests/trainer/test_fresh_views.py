@@ -18,6 +18,7 @@ from models.student import Student
 from trainer.distributed import Group
 from trainer.job import Silent, TrainJob
 from trainer.loop import train
+from trainer.losses import rotations
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/train_demo_teacher.py"
 STEPS = 6
@@ -71,8 +72,8 @@ def trained(script: ModuleType, folder: Path, *more: str, die_after: int | None 
 def test_it_goes_on_where_it_was_killed_and_becomes_a_teacher(script: ModuleType, folder: Path, tmp_path: Path) -> None:
     job, whole = trained(script, folder)
     with pytest.raises(KeyboardInterrupt):
-        trained(script, folder, "--tokens", "80", die_after=5)
-    parts, resumed = trained(script, folder, "--tokens", "80")
+        trained(script, folder, "--tokens", "64", die_after=5)
+    parts, resumed = trained(script, folder, "--tokens", "64")
     assert (min(resumed.steps), max(resumed.steps)) == (4, STEPS)
     assert parts.out_dir != job.out_dir
     losses = [whole.steps[step]["labels"] for step in range(1, STEPS + 1)]
@@ -107,3 +108,18 @@ def test_tokens_on_the_hand_are_kept_more_readily(script: ModuleType) -> None:
     assert all(len(set(row)) == 80 for row in kept.tolist())
     assert 0.9 < (kept < 40).float().sum() / (200 * 40) < 1
     assert (kept >= 40).unique().tolist() == [False, True]
+
+
+def test_fingers_are_scored_apart_from_the_direction_of_the_hand(script: ModuleType, folder: Path) -> None:
+    pictures, _ = sets(script, folder)
+    batch = script.batch_of(pictures, np.arange(8), np.random.default_rng(0))
+    labels = {key: torch.from_numpy(batch[key]) for key in ("labels/keypoints_3d", "labels/global_orient")}
+    joints = labels["labels/keypoints_3d"][..., :3].double()
+    direction = rotations(labels["labels/global_orient"].double())[:, 0]
+    turn = rotations(torch.tensor([[0.3, -2.0, 0.5]]).double().expand(8, 3))[:, 0]
+    turned = {"keypoints_3d": joints @ turn.mT + 1.0, "global_orient": (turn @ direction)[:, None]}
+    assert script.own_frame_loss(turned, {k: v.double() for k, v in labels.items()}).abs().max() < 1e-5
+    bent = turned["keypoints_3d"].clone()
+    bent[:, 8] += 0.01 * turn @ direction @ torch.tensor([1.0, 0, 0]).double()  # the index's tip, 10 mm
+    missed = script.own_frame_loss(turned | {"keypoints_3d": bent}, {k: v.double() for k, v in labels.items()})
+    assert torch.allclose(missed, torch.full((8,), 0.01).double(), atol=1e-5)
