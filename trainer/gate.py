@@ -127,7 +127,7 @@ class Judge:
         document: Document = {"student": name, "what": "baseline", "baseline": baseline.told, "value": value}
         document["limit"] = theirs + gate.tolerance * _worse_is(gate.metric)
         if {run.run_id for run in group} == {run.run_id for run in baseline.runs}:
-            sentence = f"{name} is {baseline.told} itself."
+            sentence = f"{name} is {'the baseline' if name == baseline.told else baseline.told} itself."
             return document | {"difference": 0.0, "low": 0.0, "high": 0.0, "passed": True, "sentence": sentence}
         pair = None
         if gate.metric in _PER_SAMPLE:

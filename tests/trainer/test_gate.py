@@ -92,7 +92,7 @@ def test_the_sentence_says_by_how_much_and_how_sure(store: Store) -> None:
     assert "0.02 mm worse" in said
     assert "fails in doubt (the mean decides): 0 mm allowed" in said
     (said,) = gate_of(store, baseline="good-hybrid")["sentences"]
-    assert said == "good-hybrid is good-hybrid itself."
+    assert said == "good-hybrid is the baseline itself."
 
 
 def test_scores_that_should_be_large_are_worse_when_they_are_small(store: Store) -> None:
