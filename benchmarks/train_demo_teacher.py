@@ -96,7 +96,7 @@ RECIPE: dict[str, Any] = {
 }
 TOKEN_LOSS_WEIGHT = 0.3
 """Of what the tokens say, at first; it falls evenly to nothing at the last step."""
-WHOLE_EVERY, WHOLE_AT_LAST = 8, 0.15
+WHOLE_EVERY, WHOLE_AT_LAST = 8, 0.08
 """Every so manyth step sees whole pictures whatever `--tokens` says, and so does the last share of them: a network that
 sees nothing but parts is 0.5 mm worse on wholes than on parts, as where tokens lie tells it where the hand is."""
 CHUNK, HELD_OUT = 1000, 500
