@@ -68,7 +68,7 @@ from trainer.job import STUDENT, Silent, TrainJob
 from trainer.learner import StudentUnderTraining, Tensors
 from trainer.lessons import Lessons
 from trainer.loop import train
-from trainer.losses import label_losses, rotations, weighted
+from trainer.losses import label_losses, points_3d, rotations, weighted
 from trainer.metrics import mpjpe_mm, pa_mpjpe_mm
 from trainer.optimizing import has_bfloat16
 
@@ -368,11 +368,10 @@ def own_frame_loss(out: Mapping[str, Tensor], batch: Tensors) -> Tensor:
     What HaMeR's loss of joints says is mostly in which direction the hand points. Here each hand is turned back by its
     own direction, the answer by the answered one, and what is left are the fingers and the shape.
     """
-    true_B213, said_B213 = batch[KEYPOINTS_3D][..., :3], out["keypoints_3d"]
-    true_B133, said_B133 = rotations(batch["labels/global_orient"]), out["global_orient"]
-    own_true = (true_B213 - true_B213[:, :1]) @ true_B133[:, 0]
-    own_said = (said_B213 - said_B213[:, :1]) @ said_B133[:, 0]
-    return (own_said - own_true).abs().flatten(1).sum(1)
+    true_B214 = batch[KEYPOINTS_3D]
+    own_true = true_B214[..., :3] @ rotations(batch["labels/global_orient"])[:, 0]
+    own_said = out["keypoints_3d"] @ out["global_orient"][:, 0]
+    return points_3d(own_said, own_true, true_B214[..., 3:])
 
 
 def parts_in_tokens(vertices_BV2: Tensor, part_V: Tensor) -> Tensor:
@@ -481,8 +480,12 @@ def job_of(arguments: argparse.Namespace) -> TrainJob:
     recipe = StudentRecipe.model_validate(RECIPE | given)
     start = None if arguments.start_from is None else sha256_bytes(arguments.start_from.read_bytes())
     chunks = chunks_of(arguments)
-    what = recipe.identity() | {"start": start, "tokens": arguments.tokens, "chunks": [chunks.start, chunks.stop]}
-    what["told"] = [OWN_FRAME_WEIGHT, HAND_TOKENS_FIRST, WHOLE_EVERY]
+    what = recipe.identity() | {
+        "start": start,
+        "tokens": arguments.tokens,
+        "chunks": [chunks.start, chunks.stop],
+        "told": [OWN_FRAME_WEIGHT, HAND_TOKENS_FIRST, WHOLE_EVERY],
+    }
     identity = sha256_bytes(canonical_json(what))
     return TrainJob(
         name="demo-teacher",
@@ -500,7 +503,9 @@ def best_so_far(folder: Path) -> Path:
     """The best student of the training that wrote last."""
     found = [each for name in (STUDENT, "best-*") for each in folder.glob(f"training-*/{name}/student.json")]
     if not found:
-        raise SystemExit(f"{folder}: nothing was trained here yet (a network is kept every 125 steps)")
+        raise SystemExit(
+            f"{folder}: nothing was trained here yet (a network is kept every {RECIPE['validate_every']} steps)"
+        )
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 

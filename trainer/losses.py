@@ -46,7 +46,7 @@ def label_losses(pred: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> di
     """
     has_pose, has_betas = labels["has_hand_pose"], labels["has_betas"]
     return {
-        "keypoints_3d": _points_3d(
+        "keypoints_3d": points_3d(
             pred["keypoints_3d"], labels["keypoints_3d"][..., :3], labels["keypoints_3d"][..., 3:]
         ),
         "keypoints_2d": _points_2d(
@@ -62,7 +62,7 @@ def output_losses(pred: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> 
     """The same five against what the teacher said of the same picture, each (B,); every point counts fully."""
     one = pred["keypoints_2d"].new_ones(())
     return {
-        "keypoints_3d": _points_3d(pred["keypoints_3d"], teacher["keypoints_3d"], one),
+        "keypoints_3d": points_3d(pred["keypoints_3d"], teacher["keypoints_3d"], one),
         "keypoints_2d": _points_2d(pred["keypoints_2d"], teacher["keypoints_2d"], one),
     } | {name: _squares(pred[name], teacher[name]) for name in PARAMETERS}
 
@@ -107,7 +107,8 @@ class FeatureLoss(nn.Module):
         return self.projection(student), teacher
 
 
-def _points_3d(pred: Tensor, true: Tensor, weight: Tensor) -> Tensor:
+def points_3d(pred: Tensor, true: Tensor, weight: Tensor) -> Tensor:
+    """(B,): HaMeR's loss of joints, metres: (B,J,3) from each one's wrist, weighed by (B,J,1) or one number."""
     difference = (pred - pred[:, :1]) - (true - true[:, :1])  # from the wrist: absolute depth is not in one picture
     return (weight * difference.abs()).flatten(1).sum(1)
 

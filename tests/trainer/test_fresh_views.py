@@ -113,13 +113,13 @@ def test_tokens_on_the_hand_are_kept_more_readily(script: ModuleType) -> None:
 def test_fingers_are_scored_apart_from_the_direction_of_the_hand(script: ModuleType, folder: Path) -> None:
     pictures, _ = sets(script, folder)
     batch = script.batch_of(pictures, np.arange(8), np.random.default_rng(0))
-    labels = {key: torch.from_numpy(batch[key]) for key in ("labels/keypoints_3d", "labels/global_orient")}
-    joints = labels["labels/keypoints_3d"][..., :3].double()
-    direction = rotations(labels["labels/global_orient"].double())[:, 0]
+    labels = {key: torch.from_numpy(batch[key]).double() for key in ("labels/keypoints_3d", "labels/global_orient")}
+    joints = labels["labels/keypoints_3d"][..., :3]
+    direction = rotations(labels["labels/global_orient"])[:, 0]
     turn = rotations(torch.tensor([[0.3, -2.0, 0.5]]).double().expand(8, 3))[:, 0]
     turned = {"keypoints_3d": joints @ turn.mT + 1.0, "global_orient": (turn @ direction)[:, None]}
-    assert script.own_frame_loss(turned, {k: v.double() for k, v in labels.items()}).abs().max() < 1e-5
+    assert script.own_frame_loss(turned, labels).abs().max() < 1e-5
     bent = turned["keypoints_3d"].clone()
     bent[:, 8] += 0.01 * turn @ direction @ torch.tensor([1.0, 0, 0]).double()  # the index's tip, 10 mm
-    missed = script.own_frame_loss(turned | {"keypoints_3d": bent}, {k: v.double() for k, v in labels.items()})
+    missed = script.own_frame_loss(turned | {"keypoints_3d": bent}, labels)
     assert torch.allclose(missed, torch.full((8,), 0.01).double(), atol=1e-5)
