@@ -40,8 +40,7 @@ from models.handstill_numpy import Box, Hands
 from models.mano import ManoLayer
 from models.mano_head import ManoHead
 from models.onnx_graph import INPUT, hand_model_npz, write_onnx
-from models.preprocessing import IMAGE_SIZE
-from models.sizes import VitSizes
+from models.sizes import IMAGE_SIZE, VitSizes
 from models.student import Student, StudentSpec
 from models.vit import Vit
 from storage.durable import canonical_json

@@ -29,8 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from models.hamer import Hamer, HamerConfig, hands_from_features
 from models.hand_model import OPEN_HAND, load_hand_model
 from models.mano import ManoLayer
-from models.preprocessing import IMAGE_SIZE
-from models.sizes import VitSizes
+from models.sizes import IMAGE_SIZE, VitSizes
 from models.teacher import Precision, Teacher
 from models.vit import GRID_HW
 from models.weight_loading import KeyReport

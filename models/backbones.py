@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from models.backbone_names import plugin
 from models.checkpoint import read_checkpoint
-from models.preprocessing import IMAGE_SIZE
+from models.preprocessing import shrunk
+from models.sizes import IMAGE_SIZE
 from storage.errors import InputError
 
 
@@ -23,30 +24,32 @@ class TimmBackbone(nn.Module):
     """(B,3,256,256) to (B,C,H,W), for convolutional networks and transformers alike.
 
     Modules behind the feature map (pooling's norms, classifiers) are cut off: every parameter takes part.
-    `weights`: a local file in timm's names; None: random. Raises InputError for an unknown name, and for weights of
-    another network.
+    `weights`: a local file in timm's names; None: random. `input_px`: the side to which it shrinks the picture first.
+    Raises InputError for an unknown name, and for weights of another network.
     """
 
-    def __init__(self, name: str, weights: Path | None = None) -> None:
+    def __init__(self, name: str, weights: Path | None = None, input_px: int = IMAGE_SIZE) -> None:
         super().__init__()
-        anatomy = _anatomy(name)
+        anatomy = _anatomy(name, input_px)
         self.feature_shape = anatomy.feature_shape
         """(C,H,W)"""
-        self.body = _create(name) if weights is None else _create_pretrained(name, anatomy, weights)
+        made = _create(name, input_px) if weights is None else _create_pretrained(name, input_px, anatomy, weights)
+        self.body = made
+        self.input_px = input_px
         for module in anatomy.unused:
             self.body.set_submodule(module, nn.Identity())
 
     def forward(self, images: Tensor) -> Tensor:
-        return _feature_map(self.body, images)
+        return _feature_map(self.body, shrunk(images, self.input_px))
 
     def fuse(self) -> None:
         """Join what timm knows to be one convolution, in place; for answering only (`Student.fused`)."""
         self.body = reparameterize_model(self.body, inplace=True)
 
 
-def timm_feature_shape(name: str) -> tuple[int, int, int]:
+def timm_feature_shape(name: str, input_px: int = IMAGE_SIZE) -> tuple[int, int, int]:
     """(C,H,W) of a timm model's last feature map, without building the model. Raises InputError."""
-    return _anatomy(name).feature_shape
+    return _anatomy(name, input_px).feature_shape
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,17 @@ class _Anatomy:
 
 
 @lru_cache
-def _anatomy(name: str) -> _Anatomy:
+def _anatomy(name: str, input_px: int) -> _Anatomy:
     """Look through a model without memory or arithmetic: which parameters get a gradient from the feature map?"""
     try:
         # fork: what a seed gives must not depend on what was looked at before
         with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.enable_grad():
-            body = _create(name).eval()
-            features = _feature_map(body, torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+            body = _create(name, input_px).eval()
+            features = _feature_map(body, torch.empty(1, 3, input_px, input_px))
             features.sum().backward()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError, AttributeError, TypeError, NotImplementedError) as error:
         raise InputError(
-            f"backbone {name!r}: timm gives no feature map (B,C,H,W) of a {IMAGE_SIZE}-pixel picture: {error}"
+            f"backbone {name!r}: timm gives no feature map (B,C,H,W) of a {input_px}-pixel picture: {error}"
         ) from error
     if features.ndim != 4:
         raise InputError(f"backbone {name!r}: its features have shape {tuple(features.shape)}, wanted (B,C,H,W).")
@@ -82,7 +85,7 @@ def _anatomy(name: str) -> _Anatomy:
     return _Anatomy((channels, height, width), tuple(sorted(unused)), frozenset(kept), classifiers)
 
 
-def _create(name: str, **options: Any) -> Any:
+def _create(name: str, input_px: int, **options: Any) -> Any:
     if not timm.is_model(name):
         _load_plugin(name)
     if not timm.is_model(name):
@@ -92,7 +95,7 @@ def _create(name: str, **options: Any) -> Any:
         raise InputError(f"backbone {name!r} is no timm model.{hint} {listing} lists all.")
     config = timm.models.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:  # transformers are built for one size
-        options["img_size"] = IMAGE_SIZE
+        options["img_size"] = input_px
     return timm.create_model(name, num_classes=0, **options)
 
 
@@ -121,7 +124,7 @@ def _feature_map(body: Any, images: Tensor) -> Tensor:
     return features.permute(0, 3, 1, 2) if getattr(body, "output_fmt", "NCHW") == "NHWC" else features
 
 
-def _create_pretrained(name: str, anatomy: _Anatomy, weights: Path) -> Any:
+def _create_pretrained(name: str, input_px: int, anatomy: _Anatomy, weights: Path) -> Any:
     tensors = read_checkpoint(weights)
     absent = sorted(anatomy.used_entries - tensors.keys())
     if absent:
@@ -136,6 +139,7 @@ def _create_pretrained(name: str, anatomy: _Anatomy, weights: Path) -> Any:
             f"{weights}: {min(strays)} is no part of {name} ({len(strays)} such). Another model's weights?"
         )
     try:  # timm itself loads them: it fits a transformer's position embedding to the picture's size
-        return _create(name, pretrained=True, pretrained_cfg_overlay={"state_dict": tensors, "source": "timm"})
+        overlay = {"state_dict": tensors, "source": "timm"}
+        return _create(name, input_px, pretrained=True, pretrained_cfg_overlay=overlay)
     except RuntimeError as error:
         raise InputError(f"{weights}: not the weights of {name}: {error}") from error

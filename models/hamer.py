@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from models.mano import ManoLayer
 from models.mano_head import ManoHead, project
-from models.preprocessing import FOCAL_LENGTH_PX, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
-from models.sizes import DecoderSizes, VitSizes
+from models.preprocessing import FOCAL_LENGTH_PX, IMAGE_MEAN, IMAGE_STD
+from models.sizes import IMAGE_SIZE, DecoderSizes, VitSizes
 from models.vit import Vit
 from storage.config import Section
 from storage.errors import InputError

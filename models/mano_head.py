@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.hand_model import JOINTS, SHAPE_COMPONENTS, HandModel
-from models.preprocessing import IMAGE_SIZE
-from models.sizes import DecoderSizes
+from models.sizes import IMAGE_SIZE, DecoderSizes
 
 MEAN_SHAPE = (0.2056, 0.3356, -0.3507, 0.3561, 0.4175, 0.0309, 0.3048, 0.2361, 0.2091, 0.3121)
 MEAN_CAMERA = (4.0, 0.0, 0.0)

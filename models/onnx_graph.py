@@ -25,7 +25,7 @@ from models.backbones import TimmBackbone
 from models.hand_model import HandModel
 from models.mano import ManoLayer
 from models.mano_head import ManoHead
-from models.preprocessing import IMAGE_SIZE
+from models.sizes import IMAGE_SIZE
 from storage.errors import InputError, WorkError
 
 if TYPE_CHECKING:

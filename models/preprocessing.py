@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-IMAGE_SIZE = 256
-"""Side of the square crop, pixels (MODEL.IMAGE_SIZE of the released model_config.yaml)."""
+from torch.nn import functional as F
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -14,6 +12,14 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 FOCAL_LENGTH_PX = 5000.0
 """Focal length of the crop's camera (EXTRA.FOCAL_LENGTH there): nearly orthographic, so the depth is a convention."""
+
+
+def shrunk(images: Tensor, input_px: int) -> Tensor:
+    """(B,3,256,256) to (B,3,input_px,input_px), for 128 to 256. Bilinear: no pixel is left out, and at 128 each is the
+    mean of four."""
+    if images.shape[-1] == input_px:
+        return images
+    return F.interpolate(images, size=(input_px, input_px), mode="bilinear", align_corners=False)
 
 
 def normalise(pictures: Tensor) -> Tensor:

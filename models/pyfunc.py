@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.hand_model import load_hand_model
-from models.preprocessing import IMAGE_SIZE
+from models.sizes import IMAGE_SIZE
 from models.student import HAND_FILE, Student
 from storage.errors import InputError
 

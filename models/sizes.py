@@ -1,6 +1,8 @@
-"""How wide and deep HaMeR's network is. Light to import: pipeline.yaml names these sizes too."""
+"""How wide and deep networks are and what they look at. Light to import: pipeline.yaml names these sizes too."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -11,6 +13,13 @@ _WIDEST, _DEEPEST = 1 << 14, 256
 
 HAMER = "hamer"
 """The name of HaMeR's own backbone where students name theirs; any other is timm's or torchvision's."""
+
+IMAGE_SIZE = 256
+"""Side of the square crop, pixels (MODEL.IMAGE_SIZE of the released model_config.yaml)."""
+
+InputPx = Annotated[int, Field(ge=128, le=256, multiple_of=32)]
+"""Side of the picture that a backbone looks at, pixels. Below 128 two pixels of four would be left out by the resize,
+and networks halve a picture five times."""
 
 
 class VitSizes(Section):
@@ -29,6 +38,13 @@ class VitSizes(Section):
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is no multiple of num_heads {self.num_heads}")
         return self
+
+
+def input_problem(backbone: str, input_px: int) -> str | None:
+    """Why a backbone cannot look at a picture of that side; None: it can, as far as its name tells."""
+    if backbone != HAMER or input_px == IMAGE_SIZE:
+        return None
+    return f"input_px {input_px} with backbone {HAMER}: HaMeR's own network looks at {IMAGE_SIZE}; leave input_px out"
 
 
 class DecoderSizes(Section):

@@ -1,12 +1,13 @@
 """Students: a timm backbone (or HaMeR's own ViT at a smaller size) under HaMeR's head and MANO layer.
 
 A student answers the same mapping as the teacher, with `features` (B,C,H,W) of its own backbone: 8 x 8 of the whole
-256-pixel crop for most, 16 x 12 of its columns 32..224 for `hamer`.
+256-pixel crop for most, fewer where it looks at a smaller one, 16 x 12 of the crop's columns 32..224 for `hamer`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from models.hand_model import HandModel, load_hand_model, save_hand_model
 from models.mano import ManoLayer
 from models.mano_head import ManoHead
 from models.preprocessing import FOCAL_LENGTH_PX
-from models.sizes import HAMER, DecoderSizes, VitSizes
+from models.sizes import HAMER, IMAGE_SIZE, DecoderSizes, InputPx, VitSizes, input_problem
 from models.torchvision_backbones import TorchvisionBackbone, torchvision_feature_shape
 from models.vit import GRID_HW, Vit
 from storage.config import Section
@@ -43,9 +44,12 @@ class StudentSpec(Section):
 
     backbone: str
     """A timm model name, `hamer` for HaMeR's own ViT, or `torchvision/<name>` (models/torchvision_backbones.py)."""
+    input_px: InputPx = IMAGE_SIZE
+    """Side of what the backbone looks at: the 256-pixel crop, shrunk inside the network."""
     head: Literal["paper", "light"] = "paper"
     weights: str | None = None
-    """Local file of pretrained weights for the backbone, in timm's names; never downloaded, not stored on saving."""
+    """Local file of weights to start from; never downloaded, not stored on saving. In timm's names: the backbone's.
+    weights.safetensors of another student: all of it, if it is the same network."""
     vit: VitSizes | None = None
     """Sizes of the `hamer` backbone; None: ViT-H."""
     decoder: DecoderSizes | None = None
@@ -55,6 +59,12 @@ class StudentSpec(Section):
     def _vit_only_for_hamer(self) -> StudentSpec:
         if self.vit is not None and self.backbone != HAMER:
             raise ValueError(f"vit gives the sizes of the backbone {HAMER!r}; the backbone here is {self.backbone!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _hamer_looks_at_256(self) -> StudentSpec:
+        if (problem := input_problem(self.backbone, self.input_px)) is not None:
+            raise ValueError(problem)
         return self
 
     @property
@@ -68,13 +78,25 @@ class Student(nn.Module):
     def __init__(self, spec: StudentSpec, hand_model: HandModel) -> None:
         super().__init__()
         self.spec = spec
-        self.backbone = _backbone(spec)
+        weights = None if spec.weights is None else Path(spec.weights)
+        start = None if weights is None else _whole_student(weights)
+        self.backbone = _backbone(spec, weights if start is None else None)
         self.feature_shape = feature_shape(spec)
         """(C,H,W)"""
         self.mano_head = ManoHead(spec.decoder_sizes, self.feature_shape[0])
         self.mano_head.start_from_mean(hand_model)
         self.mano = ManoLayer(hand_model)
         self.is_fused = False
+        if start is not None:
+            self._start_from(start, weights)
+
+    def _start_from(self, start: dict[str, Tensor], weights: Path | None) -> None:
+        wanted = {name: tuple(value.shape) for name, value in _learnt(self.state_dict()).items()}
+        if (odd := _first_difference(wanted, start)) is not None:
+            raise InputError(
+                f"{weights}: a student of another network: {odd}. Wanted one with the same backbone and head as this."
+            )
+        self.load_state_dict(start, strict=False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features: Tensor = self.backbone(images)
@@ -105,8 +127,7 @@ class Student(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {
             name: value.clone(memory_format=torch.contiguous_format)  # tied weights may not share memory in the file
-            for name, value in self.state_dict().items()
-            if not name.startswith("mano.")
+            for name, value in _learnt(self.state_dict()).items()
         }
         write_bytes_atomic(folder / _WEIGHTS_FILE, save_safetensors(weights))
         save_hand_model(self.hand_model, folder / HAND_FILE)
@@ -156,14 +177,29 @@ class _StoredSpec(Section):
 def _check_weights(spec: StudentSpec, hand_model: HandModel, weights: dict[str, Tensor], folder: Path) -> None:
     """Whether the weights are of the network that the specification names, before that takes any memory."""
     with torch.device("meta"):
-        wanted = Student(spec, hand_model).state_dict()
-    learnt = {name: tuple(value.shape) for name, value in wanted.items() if not name.startswith("mano.")}
+        wanted = {name: tuple(value.shape) for name, value in _learnt(Student(spec, hand_model).state_dict()).items()}
+    if (odd := _first_difference(wanted, weights)) is not None:
+        raise DamageError(f"{folder}: the weights are of another network: {odd}. Train it again.")
+
+
+def _learnt(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A student's state without its hand model's."""
+    return {name: value for name, value in state.items() if not name.startswith("mano.")}
+
+
+def _first_difference(wanted: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> str | None:
+    """The first entry whose shape is not as wanted, in words; None: all are."""
     found = {name: tuple(value.shape) for name, value in weights.items()}
-    if odd := sorted(name for name in learnt.keys() | found.keys() if learnt.get(name) != found.get(name)):
-        raise DamageError(
-            f"{folder}: the weights are of another network: {odd[0]} is {found.get(odd[0], 'missing')}, "
-            f"wanted {learnt.get(odd[0], 'none')}. Train it again."
-        )
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            return f"{name} is {found.get(name, 'missing')}, wanted {wanted.get(name, 'none')}"
+    return None
+
+
+def _whole_student(weights: Path) -> dict[str, Tensor] | None:
+    """The state of another student, head and all; None: the file is of a backbone alone."""
+    state = read_checkpoint(weights)
+    return state if any(name.startswith("mano_head.") for name in state) else None
 
 
 def _load_strictly(student: Student, weights: dict[str, Tensor], folder: Path) -> None:
@@ -179,16 +215,15 @@ def feature_shape(spec: StudentSpec) -> tuple[int, int, int]:
     if spec.backbone == HAMER:
         return ((spec.vit or VitSizes()).embed_dim, *GRID_HW)
     if spec.backbone.startswith(PREFIX):
-        return torchvision_feature_shape(spec.backbone.removeprefix(PREFIX))
-    return timm_feature_shape(spec.backbone)
+        return torchvision_feature_shape(spec.backbone.removeprefix(PREFIX), spec.input_px)
+    return timm_feature_shape(spec.backbone, spec.input_px)
 
 
-def _backbone(spec: StudentSpec) -> nn.Module:
-    weights = None if spec.weights is None else Path(spec.weights)
+def _backbone(spec: StudentSpec, weights: Path | None) -> nn.Module:
     if spec.backbone.startswith(PREFIX):
-        return TorchvisionBackbone(spec.backbone.removeprefix(PREFIX), weights)
+        return TorchvisionBackbone(spec.backbone.removeprefix(PREFIX), weights, spec.input_px)
     if spec.backbone != HAMER:
-        return TimmBackbone(spec.backbone, weights)
+        return TimmBackbone(spec.backbone, weights, spec.input_px)
     vit = Vit(spec.vit or VitSizes())
     if weights is not None:
         try:

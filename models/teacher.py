@@ -17,7 +17,7 @@ from models.hamer import Hamer, HamerConfig
 from models.hand_model import HandModel
 from models.mano import ManoLayer
 from models.model_config import model_config_path
-from models.preprocessing import IMAGE_SIZE
+from models.sizes import IMAGE_SIZE
 from models.weight_loading import LEARNT, KeyReport, checkpoint_hand_model, loaded_weight
 
 Precision = Literal["fp32", "bf16"]

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from models.backbone_names import PREFIX
 from models.checkpoint import read_checkpoint
-from models.preprocessing import IMAGE_SIZE
+from models.preprocessing import shrunk
+from models.sizes import IMAGE_SIZE
 from storage.errors import InputError
 
 _FEATURES = ("mobilenet_v3_large", "mobilenet_v3_small", "convnext_tiny", "convnext_base", "convnext_large")
@@ -34,11 +35,13 @@ class TorchvisionBackbone(nn.Module):
     """(B,3,256,256) to (B,C,H,W). `body`'s entries are named as in Fast-HaMeR's checkpoints under `backbone.`.
 
     The EfficientNets end in their average pooling, as published: a map of one token. `weights`: a local file in
-    torchvision's names. Raises InputError for an unknown name and for weights of another network.
+    torchvision's names. `input_px`: the side to which it shrinks the picture first. Raises InputError for an unknown
+    name and for weights of another network.
     """
 
-    def __init__(self, name: str, weights: Path | None = None) -> None:
+    def __init__(self, name: str, weights: Path | None = None, input_px: int = IMAGE_SIZE) -> None:
         super().__init__()
+        self.input_px = input_px
         model = _create(name)
         if weights is not None:
             try:
@@ -49,15 +52,16 @@ class TorchvisionBackbone(nn.Module):
         self.body = _without_classifier(name, model)
 
     def forward(self, images: Tensor) -> Tensor:
+        images = shrunk(images, self.input_px)
         features: Tensor = _token_map(self.body, images) if self.is_transformer else self.body(images)
         return features
 
 
 @lru_cache
-def torchvision_feature_shape(name: str) -> tuple[int, int, int]:
-    """(C,H,W) of the feature map, without memory or arithmetic. Raises InputError."""
+def torchvision_feature_shape(name: str, input_px: int = IMAGE_SIZE) -> tuple[int, int, int]:
+    """(C,H,W) of the feature map of a picture of that side, without memory or arithmetic. Raises InputError."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        features = TorchvisionBackbone(name).eval()(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+        features = TorchvisionBackbone(name, input_px=input_px).eval()(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     channels, height, width = features.shape[1:]
     return channels, height, width
 

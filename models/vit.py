@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.preprocessing import IMAGE_SIZE
-from models.sizes import VitSizes
+from models.sizes import IMAGE_SIZE, VitSizes
 
 PATCH = 16
 GRID_HW = (16, 12)

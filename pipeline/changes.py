@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.experiment import Experiment
 from storage.identity import CACHE_JSON, stored_identity
+from trainer.config import StudentRecipe, TrainOptions
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHOWN_DIGITS = 12
@@ -150,7 +151,8 @@ def _key_of_student(key: str, name: str, own: Iterable[str]) -> str:
     """own: the keys that the student's own section gives; all others come from `train`, or are networks' defaults."""
     first, _, rest = key.partition(".")
     if first == "recipe":
-        from_train = rest.partition(".")[0] not in {*own, "backbone", "head", "distill"}
+        networks = StudentRecipe.model_fields.keys() - TrainOptions.model_fields.keys()
+        from_train = rest.partition(".")[0] not in {*own, *networks}
         return f"train.{rest}" if from_train else f"students.{name}.{rest}"
     if first == "mix":
         return f"datasets.{rest}.weight"

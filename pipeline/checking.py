@@ -76,8 +76,9 @@ def _dataset_problems(experiment: Experiment) -> Iterator[str]:
 
 def _weights_problems(experiment: Experiment) -> Iterator[str]:
     for name, recipe in experiment.recipes().items():
-        if recipe.weights is not None and not experiment.path(recipe.weights).is_file():
-            yield f"students.{name}.weights: no file {experiment.path(recipe.weights)}; nothing is ever downloaded"
+        if recipe.weights is not None and not (weights := experiment.path(recipe.weights)).is_file():
+            hint = "; it is a folder, name the file in it" if weights.is_dir() else "; nothing is ever downloaded"
+            yield f"students.{name}.weights: no file {weights}{hint}"
         mocap = None if recipe.prior is None else recipe.prior.mocap
         if mocap is not None and not experiment.path(mocap).is_file():
             yield f"students.{name}.prior.mocap: no file {experiment.path(mocap)}; null takes the batch's own labels"

@@ -227,7 +227,7 @@ def _provenance(experiment: Experiment, state: StudentState, scores: Mapping[str
         "metrics": {} if mine is None else mine.metrics,
         "teacher_metrics": {} if teacher is None else teacher.metrics,
         "mean_pose_metrics": {} if teacher is None else teacher.mean_pose,
-        "weights": None if recipe.weights is None else Path(recipe.weights).name,
+        "weights": None if recipe.weights is None else "/".join(Path(recipe.weights).parts[-3:]),
         "rendered_only": recipe.weights is None and all(name in experiment.synthesised for name in recipe.on),
     }
 

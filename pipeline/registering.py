@@ -139,7 +139,8 @@ def signature(student: Path) -> ModelSignature:
 
 
 def _about() -> dict[str, Any]:
-    from models.preprocessing import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
+    from models.preprocessing import IMAGE_MEAN, IMAGE_STD
+    from models.sizes import IMAGE_SIZE
 
     return {
         "input": f"RGB crops of {IMAGE_SIZE} px; pixels / 255, minus the mean, over the standard deviation",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from models.sizes import HAMER, DecoderSizes, VitSizes
+from models.sizes import HAMER, IMAGE_SIZE, DecoderSizes, InputPx, VitSizes, input_problem
 from storage.config import FeatureGrid, Section
 
 TRAINING_VERSION = 1
@@ -173,8 +173,12 @@ class _Network(Section):
     Fast-HaMeR's code, in torchvision's names."""
     vit: VitSizes | None = None
     """Sizes of the backbone `hamer`, and of no other; null: ViT-H, the teacher's own."""
+    input_px: InputPx = IMAGE_SIZE
+    """Side of the picture that the backbone looks at, 128 to 256 in steps of 32. Crops are cached at 256 whatever it
+    is and shrink inside the network, so exports take them too."""
     weights: str | None = None
-    """Local file with the backbone's pretrained weights; nothing is ever downloaded."""
+    """Local file of weights to start from; nothing is ever downloaded. The backbone's, in timm's names; or
+    weights.safetensors in the folder `student` of a training, which starts head and backbone from that student."""
     head: Literal["paper", "light"] = "paper"
     """paper: HaMeR's decoder (6 layers, 1024 wide, 37 M parameters). light: 2 layers, 256 wide."""
     decoder: DecoderSizes | None = None
@@ -205,6 +209,7 @@ class StudentRecipe(_Network, TrainOptions):
         exclude |= {"workers": {"gpus", "cpus"} if self.workers.count > 1 else True}
         exclude |= {"distill": {"projection"}} if self.distill.projection is None else {}  # as before there was the key
         exclude |= {"optimizer": True} if self.optimizer == "adamw" else {}  # likewise
+        exclude |= {"input_px": True} if self.input_px == IMAGE_SIZE else {}  # likewise
         return self.model_dump(mode="json", exclude=exclude) | {"shuffle": shuffle}
 
 
@@ -232,6 +237,8 @@ class StudentConfig(_Network, TrainOptions):
                 f"vit gives the sizes of the backbone {HAMER}, and the backbone here is {self.backbone}; "
                 f"leave vit out, or set backbone: {HAMER}"
             )
+        if (problem := input_problem(self.backbone, self.input_px)) is not None:
+            raise ValueError(problem)
         if self.decoder is not None and "head" in self.model_fields_set:
             raise ValueError(f"both head ({self.head}) and decoder say how large the head is; leave one of them out")
         return self

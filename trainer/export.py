@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from models.hand_model import hand_model_digest
 from models.onnx_graph import hand_model_npz, write_onnx
-from models.preprocessing import IMAGE_SIZE, normalise
-from models.sizes import HAMER
+from models.preprocessing import normalise
+from models.sizes import HAMER, IMAGE_SIZE
 from models.student import Student
 from storage.durable import (
     canonical_json,

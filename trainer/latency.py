@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.crops import crop
-from models.preprocessing import IMAGE_SIZE, normalise
+from models.preprocessing import normalise
+from models.sizes import IMAGE_SIZE
 from trainer.config import LatencyConfig
 
 MIN_ITERATIONS = 10

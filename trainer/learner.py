@@ -33,6 +33,7 @@ def student_spec(recipe: StudentRecipe, weights: Path | None = None) -> StudentS
     """The network that a recipe names. weights: its pretrained backbone, already found."""
     return StudentSpec(
         backbone=recipe.backbone,
+        input_px=recipe.input_px,
         vit=recipe.vit,
         head=recipe.head,
         decoder=recipe.decoder,

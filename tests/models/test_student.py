@@ -51,6 +51,33 @@ def test_every_kind_of_backbone_gives_one_map_and_trains_whole(backbone: str, sh
     assert not still
 
 
+@pytest.mark.parametrize(
+    ("backbone", "shape"),
+    [
+        (SMALL, (288, 4, 4)),
+        ("vit_tiny_patch16_224", (192, 8, 8)),
+        ("torchvision/mobilenet_v3_small", (576, 4, 4)),
+        ("torchvision/vit_b_16", (768, 14, 14)),
+    ],
+)
+def test_a_backbone_may_look_at_a_smaller_picture(tmp_path: Path, backbone: str, shape: tuple[int, int, int]) -> None:
+    made = student(backbone, input_px=128).eval()
+    assert feature_shape(made.spec) == made.feature_shape == shape
+    small = torch.randn(1, 3, 128, 128)
+    large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)  # the mean of each four of which is the small one
+    torch.testing.assert_close(made(large)["features"], made.backbone(small), rtol=0, atol=2e-5)
+    made.save(tmp_path)
+    assert Student.load(tmp_path).feature_shape == shape
+
+
+@pytest.mark.parametrize("side", [96, 130, 288])
+def test_sides_that_no_backbone_can_look_at(side: int) -> None:
+    with pytest.raises(ValidationError, match="input_px"):
+        StudentSpec(backbone=SMALL, input_px=side)
+    with pytest.raises(ValidationError, match="HaMeR's own network looks at 256"):
+        StudentSpec(backbone="hamer", input_px=128)
+
+
 def test_light_head_is_light() -> None:
     assert parameters(student().mano_head) < 2.5e6
     paper = Student(StudentSpec(backbone=SMALL), tiny_hand_model())
@@ -145,6 +172,22 @@ def test_local_weights(tmp_path: Path) -> None:
         assert torch.equal(made.backbone.body.blocks[-1][0].conv.weight, pretrained.blocks[-1][0].conv.weight)
         made.save(tmp_path / "student")
         assert Student.load(tmp_path / "student").spec.weights is None
+
+
+def test_a_student_starts_from_another_one(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = Student(StudentSpec(backbone=SMALL, head="light"), tiny_hand_model())
+    other(torch.randn(2, 3, 256, 256))  # moves the running statistics, which come along
+    other.save(tmp_path)
+    weights = str(tmp_path / "weights.safetensors")
+    made = student(weights=weights)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in made.state_dict().items())
+    smaller = student(weights=weights, input_px=128)  # the same weights at another size of picture
+    assert torch.equal(smaller.mano_head.decpose.weight, other.mano_head.decpose.weight)
+    with pytest.raises(InputError, match=r"a student of another network: backbone\..* wanted"):
+        student("mobilenetv3_small_075", weights=weights)
+    with pytest.raises(InputError, match=r"a student of another network: mano_head\..* wanted"):
+        Student(StudentSpec(backbone=SMALL, weights=weights), tiny_hand_model())
 
 
 def test_position_embedding_fits_the_picture(tmp_path: Path) -> None:

@@ -307,10 +307,12 @@ def test_a_misspelt_backbone_is_told_with_close_names(finished: Path, tmp_path: 
             "datasets.val.path": str(finished / "tars/val-{000000..000001}.tar"),
             "students.plain.backbone": "mobilnetv3_small_050",
             "students.hybrid.weights": "nowhere.safetensors",
+            "students.plain.weights": str(finished / "tars"),
         },
     )
     assert re.search(r"students\.plain\.backbone: .*mobilnetv3_small_050.*mobilenetv3_small_050", said)
     assert re.search(r"students\.hybrid\.weights: no file .*nowhere\.safetensors", said)
+    assert re.search(r"students\.plain\.weights: no file .*tars; it is a folder", said)
     assert re.search(r"datasets\.val: .*val-000001\.tar", said)
 
 

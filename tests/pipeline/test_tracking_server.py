@@ -21,7 +21,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from safetensors.numpy import load_file
 
-from models.preprocessing import IMAGE_SIZE
+from models.sizes import IMAGE_SIZE
 from models.student import Student
 from pipeline import provenance, run_log, training
 from pipeline.config import ClusterConfig

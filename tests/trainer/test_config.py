@@ -79,6 +79,15 @@ def test_a_recipe_is_frozen_picklable_and_knows_what_decides_its_weights() -> No
     assert recipe.identity() != StudentRecipe.model_validate(recipe.model_dump() | {"lr": 0.25}).identity()
 
 
+def test_what_a_student_looks_at_is_part_of_the_identity_when_it_is_no_crop() -> None:
+    whole = student().resolve(TRAIN).identity()
+    assert "input_px" not in whole
+    assert student(input_px=256).resolve(TRAIN).identity() == whole
+    assert student(input_px=128).resolve(TRAIN).identity() == whole | {"input_px": 128}
+    with pytest.raises(ValidationError, match="leave input_px out"):
+        student(backbone="hamer", input_px=128)
+
+
 def test_an_unserved_grid_names_the_grids_that_would_serve() -> None:
     paper = DistillConfig(features=1.0)
     geometric = DistillConfig(features=1.0, alignment="geometric")

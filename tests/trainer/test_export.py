@@ -23,12 +23,12 @@ from models.mano_head import ManoHead
 from models.onnx_graph import JOINTS_AND_MESH, PARAMETERS, write_onnx
 from models.photo_hands import HandPredictor
 from models.preprocessing import normalise
-from models.student import Student
+from models.student import Student, StudentSpec
 from storage.durable import is_partial, sha256_file
 from storage.errors import InputError, WorkError
 from storage.snapshots import read_head
 from tests.tiny_cache import write_tiny_cache
-from tests.tiny_networks import tiny_student
+from tests.tiny_networks import tiny_hand_model, tiny_student
 from trainer import export
 from trainer.evaluate import EvaluationSet
 from trainer.export import ExportJob, Int8, compare, export_student, procedural_pictures
@@ -92,6 +92,17 @@ def test_the_same_student_gives_the_same_bytes(exported: export.ExportResult, st
     names = sorted(path.name for path in again.iterdir())
     assert names == sorted(path.name for path in exported.folder.iterdir())
     assert [name for name in names if (again / name).read_bytes() != (exported.folder / name).read_bytes()] == []
+
+
+def test_a_student_of_a_smaller_picture_takes_whole_crops(tmp_path: Path) -> None:
+    made = Student(StudentSpec(backbone="mobilenetv3_small_050", head="light", input_px=128), tiny_hand_model())
+    with torch.no_grad():
+        made.mano_head.decpose.weight.normal_(0, 1.0, generator=torch.Generator().manual_seed(1))
+    made.save(tmp_path / "student")
+    result = export_student(ExportJob(tmp_path / "student", tmp_path / "small", {}))
+    assert result.difference.joints_mm < 0.01
+    graph = onnx.load(result.folder / "model.onnx").graph
+    assert [side.dim_value for side in graph.input[0].type.tensor_type.shape.dim][1:] == [3, 256, 256]
 
 
 def test_the_hand_model_may_be_inside(student: Path, tmp_path: Path) -> None:
