@@ -35,12 +35,18 @@ class TimmBackbone(nn.Module):
         """(C,H,W)"""
         made = _create(name, input_px) if weights is None else _create_pretrained(name, input_px, anatomy, weights)
         self.body = made
-        self.input_px = input_px
+        self.name, self.input_px = name, input_px
         for module in anatomy.unused:
             self.body.set_submodule(module, nn.Identity())
 
     def forward(self, images: Tensor) -> Tensor:
         return _feature_map(self.body, shrunk(images, self.input_px))
+
+    def with_stage(self, images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the last map of that stride on the way to it (`timm_stage_shape`)."""
+        index, _ = _stage(self.name, self.input_px, stride)
+        last, (stage,) = self.body.forward_intermediates(shrunk(images, self.input_px), indices=[index], norm=False)
+        return _as_map(self.body, last), stage
 
     def fuse(self) -> None:
         """Join what timm knows to be one convolution, in place; for answering only (`Student.fused`)."""
@@ -50,6 +56,29 @@ class TimmBackbone(nn.Module):
 def timm_feature_shape(name: str, input_px: int = IMAGE_SIZE) -> tuple[int, int, int]:
     """(C,H,W) of a timm model's last feature map, without building the model. Raises InputError."""
     return _anatomy(name, input_px).feature_shape
+
+
+def timm_stage_shape(name: str, input_px: int, stride: int) -> tuple[int, int, int]:
+    """(C,H,W) of a timm model's last map of that stride. Raises InputError where it has none, naming those it has."""
+    return _stage(name, input_px, stride)[1]
+
+
+@lru_cache
+def _stage(name: str, input_px: int, stride: int) -> tuple[int, tuple[int, int, int]]:
+    """Which of timm's stages it is, and its shape."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        body = _create(name, input_px).eval()
+        if not hasattr(body, "forward_intermediates"):
+            raise InputError(f"backbone {name!r}: timm gives no maps of its stages; leave at_stride out.")
+        strides = [int(stage["reduction"]) for stage in body.feature_info]
+        if stride not in strides:
+            found = ", ".join(map(str, sorted(set(strides))))
+            raise InputError(f"backbone {name!r}: found maps of stride {found}, none of {stride}; change at_stride.")
+        index = max(index for index, found in enumerate(strides) if found == stride)
+        picture = torch.empty(1, 3, input_px, input_px)
+        (stage,) = body.forward_intermediates(picture, indices=[index], norm=False, intermediates_only=True)
+    channels, height, width = stage.shape[1:]
+    return index, (channels, height, width)
 
 
 @dataclass(frozen=True)
@@ -116,7 +145,11 @@ def _load_plugin(name: str) -> None:
 
 
 def _feature_map(body: Any, images: Tensor) -> Tensor:
-    features: Tensor = body.forward_features(images)
+    return _as_map(body, body.forward_features(images))
+
+
+def _as_map(body: Any, features: Tensor) -> Tensor:
+    """timm's answer, whatever the kind of network, as (B,C,H,W)."""
     if features.ndim == 3:  # tokens; the class token and registers come first
         tokens_BTC = features[:, body.num_prefix_tokens :]
         height, width = body.patch_embed.grid_size

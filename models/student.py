@@ -17,7 +17,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from models.backbone_names import PREFIX
-from models.backbones import TimmBackbone, timm_feature_shape
+from models.backbones import TimmBackbone, timm_feature_shape, timm_stage_shape
 from models.checkpoint import read_checkpoint
 from models.hamer import HamerConfig, hands_from_features
 from models.hand_model import HandModel, load_hand_model, save_hand_model
@@ -98,9 +98,14 @@ class Student(nn.Module):
             )
         self.load_state_dict(start, strict=False)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features: Tensor = self.backbone(images)
-        return {"features": features} | hands_from_features(features, self.mano_head, self.mano, FOCAL_LENGTH_PX)
+    def forward(self, images: Tensor, at_stride: int | None = None) -> dict[str, Tensor]:
+        """at_stride: `features` are the backbone's last map of that stride, in place of the one that the head reads."""
+        if at_stride is None:
+            seen = shown = self.backbone(images)
+        else:
+            assert isinstance(self.backbone, TimmBackbone), "only timm's networks tell their stages"
+            seen, shown = self.backbone.with_stage(images, at_stride)
+        return {"features": shown} | hands_from_features(seen, self.mano_head, self.mano, FOCAL_LENGTH_PX)
 
     @property
     def hand_model(self) -> HandModel:
@@ -210,8 +215,17 @@ def _load_strictly(student: Student, weights: dict[str, Tensor], folder: Path) -
         raise DamageError(f"{folder}: the weights are of another network: {error}. Train it again.") from error
 
 
-def feature_shape(spec: StudentSpec) -> tuple[int, int, int]:
-    """(C,H,W) of a student's `features`, without building it. Raises InputError as the student would."""
+def feature_shape(spec: StudentSpec, at_stride: int | None = None) -> tuple[int, int, int]:
+    """(C,H,W) of a student's `features`, without building it. Raises InputError as the student would.
+
+    at_stride: of the backbone's last map of that stride; None: of its last map of all.
+    """
+    if at_stride is not None:
+        if spec.backbone == HAMER or spec.backbone.startswith(PREFIX):
+            raise InputError(
+                f"at_stride with backbone {spec.backbone}: only timm's networks tell their stages; leave it out."
+            )
+        return timm_stage_shape(spec.backbone, spec.input_px, at_stride)
     if spec.backbone == HAMER:
         return ((spec.vit or VitSizes()).embed_dim, *GRID_HW)
     if spec.backbone.startswith(PREFIX):

@@ -48,10 +48,17 @@ class DistillConfig(Section):
     """Of the 1x1 convolution between the student's channels and the teacher's. null: trained in the corrected preset,
     frozen as it was drawn in the paper's, whose optimizer never saw it."""
 
+    at_stride: Literal[8, 16, 32] | None = None
+    """Which map of a timm student is compared: its last one of that stride (pixels of its own picture a token); null:
+    the last of all, as published. With input_px 128 that has 4x4 tokens, and the one at stride 16 has 8x8, as the
+    cache: a student learns sooner there (docs/log.md)."""
+
     @model_validator(mode="after")
     def _paper_is_whole(self) -> DistillConfig:
         if self.preset == "paper" and self.alignment != "paper":
             raise ValueError("preset paper with alignment geometric: the published losses know only alignment paper")
+        if self.preset == "paper" and self.at_stride is not None:
+            raise ValueError("preset paper with at_stride: the published losses compare the last map")
         if self.preset == "paper" and self.projection == "trained":
             raise ValueError("preset paper with projection trained: the published one was never trained")
         return self
@@ -207,7 +214,8 @@ class StudentRecipe(_Network, TrainOptions):
         shuffle = self.shuffle_of(remote)
         exclude |= {"window_shards": True} if shuffle == "global" else {}
         exclude |= {"workers": {"gpus", "cpus"} if self.workers.count > 1 else True}
-        exclude |= {"distill": {"projection"}} if self.distill.projection is None else {}  # as before there was the key
+        later = {key for key in ("projection", "at_stride") if getattr(self.distill, key) is None}
+        exclude |= {"distill": later}  # as before there were the keys
         exclude |= {"optimizer": True} if self.optimizer == "adamw" else {}  # likewise
         exclude |= {"input_px": True} if self.input_px == IMAGE_SIZE else {}  # likewise
         return self.model_dump(mode="json", exclude=exclude) | {"shuffle": shuffle}
@@ -307,7 +315,7 @@ def grid_problem(distill: DistillConfig, grid: FeatureGrid, tokens: tuple[int, i
     if grid == "8x8-paper" and tokens != (8, 8):
         return (
             f"a cache of grid 8x8-paper cannot teach a student's map of {rows}x{columns} tokens; "
-            "set cache.features.grid to full"
+            "set cache.features.grid to full, or distill.at_stride to where its map has 8x8"
         )
     return None
 

@@ -70,6 +70,32 @@ def test_a_backbone_may_look_at_a_smaller_picture(tmp_path: Path, backbone: str,
     assert Student.load(tmp_path).feature_shape == shape
 
 
+@pytest.mark.parametrize(
+    ("backbone", "shape"),
+    [
+        (SMALL, (24, 8, 8)),
+        ("repvit_m0_9", (192, 8, 8)),
+        ("fastvit_t8", (192, 8, 8)),
+        ("convnext_atto", (160, 8, 8)),
+        ("vit_tiny_patch16_224", (192, 8, 8)),
+    ],
+)
+def test_a_stage_on_the_way_shows_what_it_sees(backbone: str, shape: tuple[int, int, int]) -> None:
+    made = student(backbone, input_px=128).eval()
+    images = torch.randn(2, 3, 256, 256)
+    last, stage = made(images), made(images, at_stride=16)
+    assert tuple(stage["features"].shape[1:]) == feature_shape(made.spec, 16) == shape
+    assert torch.equal(stage["vertices"], last["vertices"])
+
+
+def test_stages_that_are_not_there() -> None:
+    with pytest.raises(InputError, match="found maps of stride 16, none of 8"):
+        feature_shape(StudentSpec(backbone="vit_tiny_patch16_224"), 8)
+    for backbone in ("hamer", "torchvision/mobilenet_v3_small"):
+        with pytest.raises(InputError, match="only timm's networks tell their stages"):
+            feature_shape(StudentSpec(backbone=backbone), 16)
+
+
 @pytest.mark.parametrize("side", [96, 130, 288])
 def test_sides_that_no_backbone_can_look_at(side: int) -> None:
     with pytest.raises(ValidationError, match="input_px"):

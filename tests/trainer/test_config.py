@@ -132,6 +132,15 @@ def test_an_optimizer_is_part_of_the_identity_where_it_is_another() -> None:
     }
 
 
+def test_the_compared_stage_is_part_of_the_identity_when_it_is_not_the_last() -> None:
+    last = student(distill={"features": 0.2}).resolve(TRAIN).identity()
+    stage = student(distill={"features": 0.2, "at_stride": 16}).resolve(TRAIN).identity()
+    assert "at_stride" not in last["distill"]
+    assert stage["distill"] == last["distill"] | {"at_stride": 16}
+    with pytest.raises(ValidationError, match="compare the last map"):
+        student(distill={"features": 1.8, "preset": "paper", "at_stride": 16})
+
+
 def test_the_paper_never_trained_its_projection() -> None:
     with pytest.raises(ValidationError, match="the published one was never trained"):
         student(distill={"features": 1.8, "preset": "paper", "projection": "trained"})

@@ -279,6 +279,16 @@ def test_whether_the_projection_learns(tmp_path: Path, distill: dict[str, str], 
     assert (id(projection.weight) in learned) is trains
 
 
+def test_a_smaller_picture_is_compared_where_it_has_the_caches_tokens(tmp_path: Path) -> None:
+    log, keys = Log(), {"validation_fraction": 0.0, "validate_every": 100, "lr": 3e-3, "input_px": 128}
+    distill = {"features": 1.0, "at_stride": 16}
+    train(tiny_job(tmp_path / "stage", steps=40, batch_size=6, distill=distill, **keys), log)
+    losses = np.array([log.losses[step] for step in sorted(log.losses)])
+    assert losses[-5:].mean() < 0.9 * losses[:5].mean()
+    with pytest.raises(InputError, match=r"4x4 tokens; .* or distill\.at_stride"):
+        train(tiny_job(tmp_path / "last", distill={"features": 1.0}, **keys))
+
+
 def test_it_learns(tmp_path: Path) -> None:
     log = Log()
     train(tiny_job(tmp_path, steps=40, batch_size=6, validation_fraction=0.0, validate_every=100, lr=3e-3), log)
