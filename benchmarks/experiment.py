@@ -8,11 +8,11 @@ Tables: `screen` (three backbones by four strategies, one seed), `confirm` (the 
 
 Each variant is a pipeline file in FOLDER, run by `handstill run`: stopped and started again a table goes on where it
 was, and what two tables share (caches, students) is computed once. It prints a Markdown table; `screen` and `confirm`
-draw FOLDER/<table>.png as well. Size cpu is meant for two cores: `screen` takes about nine hours where they have
-bfloat16 products, twice that where they have none, and all tables more than a day (reckoned from 34 pictures a second
-of MobileNetV3-S, and 21 or 10 of the others). Size gpu is meant for one GPU; quick only shows that it works. Every
-student starts from random weights, as nothing can be downloaded: at size cpu they are undertrained, and the table's
-column `of mean pose` says how far they came.
+draw FOLDER/<table>.png as well. Size cpu is meant for two cores, and its students look at 128 pixels: `screen` takes
+about fourteen hours where they have no bfloat16 products (reckoned from 118 views a second of MobileNetV3-S, 27 of
+ConvNeXt-atto and 20 of RepViT-M0.9), and all tables more than a day. Size gpu is meant for one GPU, at 256 pixels;
+quick only shows that it works. Every student starts from random weights, as nothing can be downloaded: at size cpu
+they are undertrained, and the table's column `of mean pose` says how far they came.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the online teacher that the tests hold the trainer to
 
+from models.sizes import IMAGE_SIZE  # noqa: E402
 from models.teacher import Teacher, load_teacher  # noqa: E402
 from models.vit import Vit  # noqa: E402
 from pipeline.caches import cache_state  # noqa: E402
@@ -72,12 +73,14 @@ class Size:
     steps: int
     batch_size: int
     seeds: int
+    input_px: int = 256
+    """What students look at. At 128 they are compared with the teacher at stride 16, where their map has 8x8 tokens."""
     workers: Mapping[str, Any] = field(default_factory=dict)
 
 
 SIZES = {
-    "quick": Size(hands=48, held_out=16, steps=4, batch_size=4, seeds=2, workers={"cpus": 1}),
-    "cpu": Size(hands=12_000, held_out=1_000, steps=2_000, batch_size=32, seeds=3, workers={"cpus": 1}),
+    "quick": Size(hands=48, held_out=16, steps=4, batch_size=4, seeds=2, input_px=128, workers={"cpus": 1}),
+    "cpu": Size(hands=12_000, held_out=1_000, steps=2_000, batch_size=64, seeds=3, input_px=128, workers={"cpus": 1}),
     "gpu": Size(hands=40_000, held_out=2_000, steps=60_000, batch_size=64, seeds=3),
 }
 
@@ -103,6 +106,9 @@ class Lab:
     def student(self, backbone: str, strategy: str, **keys: Any) -> dict[str, Any]:
         """An entry of `students`. `distill`: further keys of that section."""
         distill = STRATEGIES[strategy] | keys.pop("distill", {})
+        if self.size.input_px < IMAGE_SIZE:
+            keys = {"input_px": self.size.input_px, **keys}
+            distill |= {"at_stride": 16} if distill.get("features") else {}
         bf16 = backbone in FAST_IN_BFLOAT16 and has_bfloat16(torch.device("cpu")) and not torch.cuda.is_available()
         precision = "bf16" if bf16 else "auto"
         entry = {"backbone": BACKBONES[backbone], "head": "light", "precision": precision, **keys}
