@@ -33,9 +33,8 @@ class TimmBackbone(nn.Module):
         anatomy = _anatomy(name, input_px)
         self.feature_shape = anatomy.feature_shape
         """(C,H,W)"""
-        made = _create(name, input_px) if weights is None else _create_pretrained(name, input_px, anatomy, weights)
-        self.body = made
         self.name, self.input_px = name, input_px
+        self.body = _create(name, input_px) if weights is None else _create_pretrained(name, input_px, anatomy, weights)
         for module in anatomy.unused:
             self.body.set_submodule(module, nn.Identity())
 

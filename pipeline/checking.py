@@ -94,8 +94,7 @@ def _check_backbone(recipe: StudentRecipe, experiment: Experiment) -> None:
     from models.student import feature_shape
     from trainer.learner import student_spec
 
-    at_stride = recipe.distill.at_stride if recipe.distill.features else None
-    tokens = feature_shape(student_spec(recipe), at_stride)[1:]
+    tokens = feature_shape(student_spec(recipe), recipe.distill.compared_stride)[1:]
     problem = grid_problem(recipe.distill, experiment.config.cache.features.grid, tokens)
     if problem is not None:
         raise InputError(problem)

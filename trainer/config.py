@@ -68,6 +68,11 @@ class DistillConfig(Section):
         return self.projection != "frozen" and self.preset != "paper"
 
     @property
+    def compared_stride(self) -> Literal[8, 16, 32] | None:
+        """`at_stride` where features are compared at all."""
+        return self.at_stride if self.features else None
+
+    @property
     def strategy(self) -> str:
         """none | outputs | features | hybrid."""
         names = {(False, False): "none", (True, False): "outputs", (False, True): "features", (True, True): "hybrid"}
@@ -214,8 +219,9 @@ class StudentRecipe(_Network, TrainOptions):
         shuffle = self.shuffle_of(remote)
         exclude |= {"window_shards": True} if shuffle == "global" else {}
         exclude |= {"workers": {"gpus", "cpus"} if self.workers.count > 1 else True}
-        later = {key for key in ("projection", "at_stride") if getattr(self.distill, key) is None}
-        exclude |= {"distill": later}  # as before there were the keys
+        # Left out where they decide nothing: as before there were the keys.
+        idle = {"projection": self.distill.projection is None, "at_stride": self.distill.compared_stride is None}
+        exclude |= {"distill": {key for key, is_idle in idle.items() if is_idle}}
         exclude |= {"optimizer": True} if self.optimizer == "adamw" else {}  # likewise
         exclude |= {"input_px": True} if self.input_px == IMAGE_SIZE else {}  # likewise
         return self.model_dump(mode="json", exclude=exclude) | {"shuffle": shuffle}

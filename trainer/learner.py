@@ -62,15 +62,14 @@ class StudentUnderTraining(nn.Module):
         self.decoder = decoder or FeatureDecoder()
         self.feature_loss: FeatureLoss | None = None
         if recipe.distill.features:
-            shape = feature_shape(student.spec, recipe.distill.at_stride)
+            shape = feature_shape(student.spec, recipe.distill.compared_stride)
             self.feature_loss = FeatureLoss(recipe.distill, grid, shape, teacher_dim)
 
     def forward(self, pictures: Tensor) -> Tensors:
         """The student's answers to uint8 RGB pictures (B,256,256,3), float32 whatever the autocast."""
         images = normalise(pictures).contiguous(memory_format=self.memory_format)
-        at_stride = self.recipe.distill.at_stride if self.feature_loss is not None else None
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.bf16(pictures.device)):
-            outputs = self.student(images, at_stride)
+            outputs = self.student(images, self.recipe.distill.compared_stride)
         return {name: value.float() for name, value in outputs.items()}
 
     def bf16(self, device: torch.device) -> bool:

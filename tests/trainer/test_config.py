@@ -137,6 +137,8 @@ def test_the_compared_stage_is_part_of_the_identity_when_it_is_not_the_last() ->
     stage = student(distill={"features": 0.2, "at_stride": 16}).resolve(TRAIN).identity()
     assert "at_stride" not in last["distill"]
     assert stage["distill"] == last["distill"] | {"at_stride": 16}
+    idle = student(distill={"outputs": 0.2, "at_stride": 16}).resolve(TRAIN)
+    assert idle.identity() == student(distill={"outputs": 0.2}).resolve(TRAIN).identity()
     with pytest.raises(ValidationError, match="compare the last map"):
         student(distill={"features": 1.8, "preset": "paper", "at_stride": 16})
 
