@@ -50,9 +50,8 @@ class Group:
             return module.losses
         # Unused parameters are looked for because some backbones have them, and because buckets then stay as they
         # are: those that are laid out anew after the first step would add in another order after a resume.
-        learner = DistributedDataParallel(
-            _ShareOfLosses(module, self.size), broadcast_buffers=False, find_unused_parameters=True
-        )
+        learner = DistributedDataParallel(_ShareOfLosses(module, self.size), find_unused_parameters=True)
+        learner.broadcast_buffers = False  # `running_statistics` are averaged; the option, torch 2.15 renamed
         losses: Losses = learner
         return losses
 
