@@ -40,7 +40,7 @@ types: $(STAMP)
 contracts: $(STAMP)
 	$(BIN)/lint-imports
 
-BENCHMARKS := $(filter-out benchmarks/train_demo_teacher.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/train_demo_%.py,$(wildcard benchmarks/*.py))
 bench: $(STAMP)  ## every benchmark in its quick form
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script --quick; done

@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,7 @@ from trainer.losses import label_losses, points_3d, rotations, weighted
 from trainer.metrics import mpjpe_mm, pa_mpjpe_mm
 from trainer.optimizing import has_bfloat16
 
+NAME = "demo-teacher"
 SIZES = VitSizes(embed_dim=192, depth=8, num_heads=3)
 SPEC = StudentSpec(
     backbone="hamer",
@@ -94,9 +95,10 @@ RECIPE: dict[str, Any] = {
     "validate_every": 125,
     "checkpoint_every": 125,
 }
-TOKEN_LOSS_WEIGHT = 0.3
-"""Of what the tokens say, at first; it falls evenly to nothing at the last step."""
-WHOLE_EVERY, WHOLE_AT_LAST = 8, 0.08
+TOKEN_LOSS_WEIGHT = 2.0
+"""Of what the tokens say, at first; it falls evenly to nothing at the last step. At 0.3 all errors fall more slowly,
+the hand's too (docs/log.md)."""
+WHOLE_EVERY, WHOLE_AT_LAST = 16, 0.06
 """Every so manyth step sees whole pictures whatever `--tokens` says, and so does the last share of them: a network that
 sees nothing but parts is 0.5 mm worse on wholes than on parts, as where tokens lie tells it where the hand is."""
 CHUNK, HELD_OUT = 1000, 500
@@ -111,6 +113,20 @@ hand's at 10 and 64 of 192 have 94% at 30; a network that knows whole pictures a
 (0.3 mm at 4, 2.2 mm at 1; docs/log.md)."""
 OWN_FRAME_WEIGHT = 0.3
 """Of `own_frame_loss`, beside HaMeR's losses as RECIPE weighs them."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the places of a map lie in a crop of 256 px."""
+
+    rows: int
+    columns: int
+    side_px: int
+    left_px: int
+    top_px: int
+
+
+TOKENS = Places(*GRID_HW, side_px=16, left_px=32 - 2, top_px=-2)  # the embedding pads by two
 KEYPOINTS_2D, KEYPOINTS_3D = "labels/keypoints_2d", "labels/keypoints_3d"
 PART_VERTICES = slice(None, None, 4)
 """Enough to say which tokens see a part."""
@@ -273,31 +289,60 @@ class FreshViews(Dataset[Batch]):
             yield batch_of(self.plain, part)
 
 
-class Learner(StudentUnderTraining):
-    """The network, and the layer that says what each token sees: 21 joints, 16 parts."""
+class TellingLearner(StudentUnderTraining):
+    """A network, and the layer that says what each place of a map of its own sees: 21 joints, 16 parts."""
 
     part: Tensor
     step: Tensor
 
-    def __init__(self, recipe: StudentRecipe, hand: HandModel, tokens: int) -> None:
-        super().__init__(Student(SPEC, hand), recipe, "full", SIZES.embed_dim)
-        self.tokens = tokens
-        self.seen = nn.Conv2d(SIZES.embed_dim, 21 + 16, kernel_size=1)
+    def __init__(self, spec: StudentSpec, recipe: StudentRecipe, hand: HandModel, channels: int) -> None:
+        super().__init__(Student(spec, hand), recipe, "full", channels)
+        self.seen = nn.Conv2d(channels, 21 + 16, kernel_size=1)
         nn.init.constant_(self.seen.bias, -3.0)  # most tokens see no part of the hand
 
         part = torch.from_numpy(hand.weights[PART_VERTICES].argmax(axis=1))
         self.register_buffer("part", part, persistent=False)
         self.register_buffer("step", torch.zeros(()))
 
+    @property
+    def share_done(self) -> float:
+        return float(self.step) / self.recipe.steps
+
+    def told(
+        self, out: Tensors, batch: Tensors, map_BCHW: Tensor, targets_BJT: Tensor, seen_BPT: Tensor
+    ) -> tuple[Tensor, Tensors, Tensors]:
+        """What a step learns from: HaMeR's losses, the fingers', and what the map's T places should say."""
+        labels = label_losses(out, {key.removeprefix("labels/"): batch[key] for key in LABELS})
+        joint_scores, part_scores = self.seen(map_BCHW).flatten(2).split([21, 16], dim=1)
+        missed = F.binary_cross_entropy_with_logits(part_scores, seen_BPT, reduction="none")
+        told = {
+            "labels": weighted(labels, self.recipe.loss),
+            "labels/own_frame": own_frame_loss(out, batch),
+            "token/joints": -(targets_BJT * joint_scores.log_softmax(dim=2)).sum(dim=(1, 2)) / 21,
+            "token/parts": 16 * missed.mean(dim=(1, 2)),
+        }
+        fall = TOKEN_LOSS_WEIGHT * (1 - self.share_done)
+        total = told["labels"] + OWN_FRAME_WEIGHT * told["labels/own_frame"]
+        total = (total + fall * (told["token/joints"] + told["token/parts"])).mean()
+        self.step += 1
+        return total, {name: each.detach().mean() for name, each in told.items()}, out
+
+
+class Learner(TellingLearner):
+    """The teacher, some of whose tokens are left out of most steps."""
+
+    def __init__(self, recipe: StudentRecipe, hand: HandModel, tokens: int) -> None:
+        super().__init__(SPEC, recipe, hand, SIZES.embed_dim)
+        self.tokens = tokens
+
     def losses(self, batch: Tensors, workers: int = 1) -> tuple[Tensor, Tensors, Tensors]:
         if not self.training:
             return super().losses(batch, workers)
-        share_done = float(self.step) / self.recipe.steps
-        in_parts = share_done < 1 - WHOLE_AT_LAST and int(self.step) % WHOLE_EVERY
+        in_parts = self.share_done < 1 - WHOLE_AT_LAST and int(self.step) % WHOLE_EVERY
         tokens = self.tokens if in_parts else ALL_TOKENS
-        self.step += 1
         vit: Vit = self.student.backbone
-        seen, targets = parts_in_tokens(batch["vertices_px"], self.part), token_targets(batch[KEYPOINTS_2D][..., :2])
+        seen = parts_in_tokens(batch["vertices_px"], self.part, TOKENS)
+        targets = token_targets(batch[KEYPOINTS_2D][..., :2], TOKENS)
         with torch.autocast(batch[PICTURES].device.type, torch.bfloat16, enabled=self.bf16(batch[PICTURES].device)):
             x_BTC = vit.embed(normalise(batch[PICTURES]))
             if tokens < ALL_TOKENS:
@@ -306,19 +351,7 @@ class Learner(StudentUnderTraining):
                 seen, targets = (each.gather(2, kept_B1T.expand(-1, each.shape[1], -1)) for each in (seen, targets))
             features_BCT1 = vit.transform(x_BTC).transpose(1, 2)[..., None].float()
         out = hands_from_features(features_BCT1, self.student.mano_head, self.student.mano, FOCAL_LENGTH_PX)
-        labels = label_losses(out, {key.removeprefix("labels/"): batch[key] for key in LABELS})
-        joint_scores, part_scores = self.seen(features_BCT1).flatten(2).split([21, 16], dim=1)
-        told = {
-            "labels": weighted(labels, self.recipe.loss),
-            "labels/own_frame": own_frame_loss(out, batch),
-            "token/joints": -(targets * joint_scores.log_softmax(dim=2)).sum(dim=(1, 2)) / 21,
-            "token/parts": 16
-            * F.binary_cross_entropy_with_logits(part_scores, seen, reduction="none").mean(dim=(1, 2)),
-        }
-        fall = TOKEN_LOSS_WEIGHT * (1 - share_done)
-        total = told["labels"] + OWN_FRAME_WEIGHT * told["labels/own_frame"]
-        total = (total + fall * (told["token/joints"] + told["token/parts"])).mean()
-        return total, {name: each.detach().mean() for name, each in told.items()}, out
+        return self.told(out, batch, features_BCT1, targets, seen)
 
 
 def start_well(vit: Vit, pictures: Tensor) -> None:
@@ -351,12 +384,13 @@ def _waves() -> Tensor:
     return torch.cat([(place * rates).sin() for place in (row, column, row + quarter_turn, column + quarter_turn)], 1)
 
 
-def token_targets(keypoints_B212: Tensor) -> Tensor:
-    """(B, 21, 192): each joint shared among the four tokens around it; nothing where it lies outside the tokens."""
-    # Token (row, column) covers rows 16 row - 2 .. 16 row + 13, columns 32 further: the embedding pads by two.
-    pixels = (keypoints_B212 + 0.5) * 256
-    column, row = (pixels[..., 0] - 32 - 5.5) / 16, (pixels[..., 1] - 5.5) / 16
-    columns, rows = torch.arange(12, device=pixels.device), torch.arange(16, device=pixels.device)
+def token_targets(keypoints_B212: Tensor, places: Places) -> Tensor:
+    """(B, 21, T): each joint shared among the four places around it; nothing where it lies outside them."""
+    pixels, middle_px = (keypoints_B212 + 0.5) * 256, (places.side_px - 1) / 2
+    column = (pixels[..., 0] - places.left_px - middle_px) / places.side_px
+    row = (pixels[..., 1] - places.top_px - middle_px) / places.side_px
+    columns = torch.arange(places.columns, device=pixels.device)
+    rows = torch.arange(places.rows, device=pixels.device)
     across = (1 - (column[..., None] - columns).abs()).clamp(min=0)
     down = (1 - (row[..., None] - rows).abs()).clamp(min=0)
     return (down[..., :, None] * across[..., None, :]).flatten(2)
@@ -374,15 +408,16 @@ def own_frame_loss(out: Mapping[str, Tensor], batch: Tensors) -> Tensor:
     return points_3d(own_said, own_true, true_B214[..., 3:])
 
 
-def parts_in_tokens(vertices_BV2: Tensor, part_V: Tensor) -> Tensor:
-    """(B, 16, 192): 1 where the token holds vertices of the part, hidden ones too. vertices_BV2: crop px."""
-    device = vertices_BV2.device
-    tokens = ((vertices_BV2 - torch.tensor([32.0, 0.0], device=device) + 2) / 16).floor().long()
-    inside = ((tokens >= 0) & (tokens < torch.tensor([12, 16], device=device))).all(dim=2)
-    place = tokens[..., 1] * 12 + tokens[..., 0]
-    seen = torch.zeros(len(vertices_BV2), 16 * 192 + 1, device=device)
-    seen.scatter_(1, torch.where(inside, part_V * 192 + place, 16 * 192), 1.0)  # the last place is thrown away
-    return seen[:, :-1].view(-1, 16, 192)
+def parts_in_tokens(vertices_BV2: Tensor, part_V: Tensor, places: Places) -> Tensor:
+    """(B, 16, T): 1 where the place holds vertices of the part, hidden ones too. vertices_BV2: crop px."""
+    device, count = vertices_BV2.device, places.rows * places.columns
+    corner = torch.tensor([places.left_px, places.top_px], device=device)
+    tokens = ((vertices_BV2 - corner) / places.side_px).floor().long()
+    inside = ((tokens >= 0) & (tokens < torch.tensor([places.columns, places.rows], device=device))).all(dim=2)
+    place = tokens[..., 1] * places.columns + tokens[..., 0]
+    seen = torch.zeros(len(vertices_BV2), 16 * count + 1, device=device)
+    seen.scatter_(1, torch.where(inside, part_V * count + place, 16 * count), 1.0)  # the last place is thrown away
+    return seen[:, :-1].view(-1, 16, count)
 
 
 def kept_tokens(seen_BPT: Tensor, count: int) -> Tensor:
@@ -438,88 +473,128 @@ class Prints(Silent):
         print(f"step {step}: held out PA {metrics['pa_mpjpe_mm']:.2f} mm, loss {metrics['loss']:.3f}", flush=True)
 
 
-def train_rank(rank: int, arguments: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Course:
+    """A training."""
+
+    job: Callable[[argparse.Namespace], TrainJob]
+    learner: Callable[[TrainJob, argparse.Namespace, Tensor], TellingLearner]
+    """Of the job, the arguments, and some plain crops (n, 256, 256, 3) uint8."""
+
+
+def train_together(arguments: argparse.Namespace, course: Course) -> None:
+    """Render what is not there yet, then train in as many processes as the arguments say."""
+    render_all(arguments.folder, chunks_of(arguments))
+    if arguments.device == "cuda":
+        arguments.processes = 1
+    torch.multiprocessing.spawn(train_rank, (arguments, course), nprocs=arguments.processes)
+
+
+def train_rank(rank: int, arguments: argparse.Namespace, course: Course) -> None:
     """One of the processes, each with its share of every batch."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.processes))
     meeting = f"file://{(arguments.folder / f'meeting-{os.getppid()}').absolute()}"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=arguments.processes)
     pictures = together([render(arguments.folder, chunk) for chunk in chunks_of(arguments)])
     held_out = render(arguments.folder, 0, "held-out", HELD_OUT)
-    train(job_of(arguments), Prints(), Group.joined(), lessons=partial(lessons_on, pictures, held_out, arguments))
+    lessons = partial(lessons_on, course, pictures, held_out, arguments)
+    train(course.job(arguments), Prints(), Group.joined(), lessons=lessons)
     distributed.destroy_process_group()
 
 
 def lessons_on(
-    pictures: Pictures, held_out: Pictures, arguments: argparse.Namespace, job: TrainJob, group: Group
+    course: Course,
+    pictures: Pictures,
+    held_out: Pictures,
+    arguments: argparse.Namespace,
+    job: TrainJob,
+    group: Group,
 ) -> Lessons:
     """What the trainer's loop learns from."""
-    crops = first_views(pictures)
-
-    def learner() -> Learner:
-        made = Learner(job.recipe, load_hand_model(OPEN_HAND), arguments.tokens)
-        if arguments.start_from is None:
-            start_well(made.student.backbone, crops)
-        else:
-            known = {name: each.float() for name, each in read_checkpoint(arguments.start_from).items()}
-            made.student.load_state_dict(made.student.state_dict() | known)
-        return made
-
+    learner = partial(course.learner, job, arguments, first_views(pictures))
     return Lessons(FreshViews(pictures, held_out, job.recipe.batch_size, group), learner)
 
 
+def learner_of(job: TrainJob, arguments: argparse.Namespace, crops: Tensor) -> Learner:
+    """The teacher, from fresh weights or from those of another."""
+    made = Learner(job.recipe, load_hand_model(OPEN_HAND), arguments.tokens)
+    if arguments.start_from is None:
+        start_well(made.student.backbone, crops)
+    else:
+        known = {name: each.float() for name, each in read_checkpoint(arguments.start_from).items()}
+        made.student.load_state_dict(made.student.state_dict() | known)
+    return made
+
+
 def job_of(arguments: argparse.Namespace) -> TrainJob:
-    """The training, in a folder of FOLDER that is named after all that decides its weights."""
+    """The teacher's training."""
+    start = None if arguments.start_from is None else sha256_bytes(arguments.start_from.read_bytes())
+    weights = [OWN_FRAME_WEIGHT, TOKEN_LOSS_WEIGHT, HAND_TOKENS_FIRST, WHOLE_EVERY, WHOLE_AT_LAST]
+    decides = {"start": start, "tokens": arguments.tokens, "told": weights}
+    return named_job(NAME, RECIPE, BATCH, arguments, decides)
+
+
+TEACHER = Course(job_of, learner_of)
+
+
+def named_job(
+    name: str,
+    keys: Mapping[str, Any],
+    batch: Mapping[str, int],
+    arguments: argparse.Namespace,
+    decides: Mapping[str, Any],
+) -> TrainJob:
+    """A training, in a folder of FOLDER that is named after all that decides its weights, `decides` besides."""
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     given = {
         "steps": arguments.steps,
-        "batch_size": BATCH[device.type],
+        "batch_size": batch[device.type],
         "precision": "bf16" if has_bfloat16(device) else "fp32",
         "loader_workers": (os.cpu_count() or 1) if on_gpu else 0,
     }
-    recipe = StudentRecipe.model_validate(RECIPE | given)
-    start = None if arguments.start_from is None else sha256_bytes(arguments.start_from.read_bytes())
+    recipe = StudentRecipe.model_validate({**keys, **given})
     chunks = chunks_of(arguments)
-    what = recipe.identity() | {
-        "start": start,
-        "tokens": arguments.tokens,
-        "chunks": [chunks.start, chunks.stop],
-        "told": [OWN_FRAME_WEIGHT, HAND_TOKENS_FIRST, WHOLE_EVERY],
-    }
+    what = recipe.identity() | decides | {"chunks": [chunks.start, chunks.stop]}
     identity = sha256_bytes(canonical_json(what))
     return TrainJob(
-        name="demo-teacher",
+        name=name,
         seed=0,
         recipe=recipe,
         snapshots=(),
         hand_model=None,
-        out_dir=arguments.folder / f"training-{identity[:8]}",
+        out_dir=arguments.folder / f"{name}-{identity[:8]}",
         identity=identity,
         device=arguments.device,
     )
 
 
-def best_so_far(folder: Path) -> Path:
-    """The best student of the training that wrote last."""
-    found = [each for name in (STUDENT, "best-*") for each in folder.glob(f"training-*/{name}/student.json")]
+def best_so_far(folder: Path, name: str) -> Path:
+    """The best network of the training of that name that wrote last."""
+    found = [each for kept in (STUDENT, "best-*") for each in folder.glob(f"{name}-*/{kept}/student.json")]
     if not found:
-        raise SystemExit(
-            f"{folder}: nothing was trained here yet (a network is kept every {RECIPE['validate_every']} steps)"
-        )
+        raise SystemExit(f"{folder}: no {name} was trained here yet (a network is kept after every validation)")
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
-def parsed(line: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(document: str, batch: Mapping[str, int]) -> argparse.ArgumentParser:
+    """What every training here can be told."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pictures", type=int, default=40000)
-    parser.add_argument("--skip-pictures", type=int, default=0, help="so many that --start-from was trained on")
-    parser.add_argument("--steps", type=int, default=15000, help="of 128 pictures on a CPU, 256 on a GPU")
-    parser.add_argument("--device", choices=BATCH, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--skip-pictures", type=int, default=0, help="so many that others were trained on")
+    steps = "of {cpu} pictures on a CPU, {cuda} on a GPU".format_map(batch)
+    parser.add_argument("--steps", type=int, default=15000, help=steps)
+    parser.add_argument("--device", choices=batch, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="on a CPU: of one thread, share a batch")
+    parser.add_argument("--export", type=Path, help="write the best network so far here instead of training")
+    return parser
+
+
+def parsed(line: list[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__, BATCH)
     parser.add_argument("--tokens", type=int, default=ALL_TOKENS, help="of 192, that most steps look at")
     parser.add_argument("--start-from", type=Path, help="a hamer.ckpt of these sizes, to train further")
-    parser.add_argument("--export", type=Path, help="write the best network so far here instead of training")
     return parser.parse_args(line)
 
 
@@ -528,14 +603,11 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     held_out = render(arguments.folder, 0, "held-out", HELD_OUT)
     if arguments.export is not None:
-        student = Student.load(best_so_far(arguments.folder))
+        student = Student.load(best_so_far(arguments.folder, NAME))
         export_hamer_checkpoint(student, arguments.export)
         print(evaluate(student, held_out), "mean pose", mean_pose_error(student.hand_model, held_out))
         return
-    render_all(arguments.folder, chunks_of(arguments))
-    if arguments.device == "cuda":
-        arguments.processes = 1
-    torch.multiprocessing.spawn(train_rank, (arguments,), nprocs=arguments.processes)
+    train_together(arguments, TEACHER)
 
 
 if __name__ == "__main__":

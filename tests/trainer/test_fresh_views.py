@@ -20,20 +20,35 @@ from trainer.job import Silent, TrainJob
 from trainer.loop import train
 from trainer.losses import rotations
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/train_demo_teacher.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STEPS = 6
+SHORT = {"validate_every": 3, "checkpoint_every": 3, "log_every": 1, "warmup_steps": 2}
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_demo_teacher", SCRIPT)
+    module = loaded("train_demo_teacher")
+    module.BATCH = {"cpu": 4, "cuda": 4}
+    module.RECIPE |= SHORT
+    return module
+
+
+@pytest.fixture(scope="module")
+def student_script(script: ModuleType) -> ModuleType:
+    """The script beside it, which takes most from it."""
+    module = loaded("train_demo_student")
+    module.BATCH = script.BATCH
+    module.STUDENT_RECIPE |= SHORT
+    return module
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks there
+    sys.modules[spec.name] = module  # its dataclasses, and the script beside it, look there
     spec.loader.exec_module(module)
-    module.BATCH = {"cpu": 4}
-    module.RECIPE |= {"validate_every": 3, "checkpoint_every": 3, "log_every": 1, "warmup_steps": 2}
     return module
 
 
@@ -65,7 +80,7 @@ def trained(script: ModuleType, folder: Path, *more: str, die_after: int | None 
     arguments, log = script.parsed(line), Log(die_after)
     pictures, held_out = sets(script, folder)
     job = script.job_of(arguments)
-    train(job, log, Group(), lessons=partial(script.lessons_on, pictures, held_out, arguments))
+    train(job, log, Group(), lessons=partial(script.lessons_on, script.TEACHER, pictures, held_out, arguments))
     return job, log
 
 
@@ -79,12 +94,52 @@ def test_it_goes_on_where_it_was_killed_and_becomes_a_teacher(script: ModuleType
     losses = [whole.steps[step]["labels"] for step in range(1, STEPS + 1)]
     assert np.isfinite(losses).all()
     assert whole.steps[1].keys() == resumed.steps[4].keys()
-    assert script.best_so_far(folder) == parts.out_dir / "student"
+    assert script.best_so_far(folder, "demo-teacher") == parts.out_dir / "student"
     script.export_hamer_checkpoint(Student.load(parts.out_dir / "student"), tmp_path)
     teacher = importlib.import_module("models.teacher").load_teacher(tmp_path / "checkpoints/hamer.ckpt", "open-hand")
     assert teacher(torch.zeros(1, 3, 256, 256))["features"].shape == (1, 192, 16, 12)
-    with pytest.raises(SystemExit, match="nothing was trained here yet"):
-        script.best_so_far(tmp_path)
+    with pytest.raises(SystemExit, match="no demo-teacher was trained here yet"):
+        script.best_so_far(tmp_path, "demo-teacher")
+
+
+def test_a_student_learns_from_labels_and_others_start_from_it(
+    script: ModuleType, student_script: ModuleType, folder: Path, tmp_path: Path
+) -> None:
+    line = [str(folder), "--pictures", "12", "--steps", "3", "--device", "cpu", "--processes", "1"]
+    arguments, log = student_script.parsed(line), Log()
+    job = student_script.job_of(arguments)
+    train(
+        job, log, Group(), lessons=partial(script.lessons_on, student_script.STUDENT, *sets(script, folder), arguments)
+    )
+    assert {"labels", "labels/own_frame", "token/joints", "token/parts"} <= log.steps[3].keys()
+    student = Student.load(script.best_so_far(folder, "demo-mobilenetv3_small_100"))
+    path = tmp_path / "start.safetensors"
+    student_script.export(student, path)
+    assert path.stat().st_size < 0.6 * (job.out_dir / "student/weights.safetensors").stat().st_size
+    spec = student.spec.model_copy(update={"weights": str(path)})
+    started = Student(spec, student.hand_model).eval()
+    crops = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(started(crops)["keypoints_3d"], student(crops)["keypoints_3d"], atol=2e-3)
+
+
+def test_places_of_a_map_are_told_what_lies_in_them(script: ModuleType, student_script: ModuleType) -> None:
+    """A joint in the middle of one place belongs to it alone, one between two to both; likewise for the vertices."""
+    for places, width in ((script.TOKENS, 12), (student_script.PLACES, 8)):
+        side = places.side_px
+        middle = torch.tensor([places.left_px + 3.5 * side - 0.5, places.top_px + 5.5 * side - 0.5])
+        keypoints = (
+            torch.stack([middle, middle + torch.tensor([side / 2, 0.0]), torch.tensor([-99.0, 9])]) / 256
+        ) - 0.5
+        targets = script.token_targets(keypoints[None], places)[0]
+        at = 5 * width + 3
+        assert targets.shape == (3, places.rows * places.columns)
+        assert targets[0, at].item() == pytest.approx(1, abs=1e-4)
+        assert targets[1, [at, at + 1]].tolist() == pytest.approx([0.5, 0.5], abs=1e-4)
+        assert targets.sum(dim=1).tolist() == pytest.approx([1, 1, 0], abs=1e-4)
+        seen = script.parts_in_tokens(
+            torch.stack([middle, torch.tensor([-99.0, 9])])[None], torch.tensor([7, 2]), places
+        )
+        assert seen.nonzero().tolist() == [[0, 7, at]]
 
 
 def test_views_are_drawn_by_step_and_worker_alone(script: ModuleType, folder: Path) -> None:
