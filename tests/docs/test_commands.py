@@ -61,6 +61,8 @@ def check_that_it_parses(command: str) -> None:
     elif program == "python":
         module = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
         source = (ROOT / module).read_text()
+        beside = [(ROOT / module).with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", source, re.M)]
+        source += "".join(path.read_text() for path in beside if path.is_file())  # scripts share their options
         assert all(f'"{option}"' in source for option in arguments if option.startswith("--"))
     elif program == "cp":
         assert (ROOT / arguments[0]).is_file()
