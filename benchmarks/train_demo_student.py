@@ -19,11 +19,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 from train_demo_teacher import (  # the script beside this one
-    HELD_OUT,
+    BATCH,
     KEYPOINTS_2D,
     OWN_FRAME_WEIGHT,
     RECIPE,
@@ -31,26 +30,20 @@ from train_demo_teacher import (  # the script beside this one
     Course,
     Places,
     TellingLearner,
-    best_so_far,
-    evaluate,
-    mean_pose_error,
     named_job,
     parser_of,
     parts_in_tokens,
-    render,
+    run,
     token_targets,
-    train_together,
 )
 
 from models.hand_model import OPEN_HAND, load_hand_model
-from models.preprocessing import normalise
-from models.student import Student, feature_shape
+from models.student import Student, feature_shape, learnt
 from storage.durable import write_bytes_atomic
 from trainer.data import PICTURES
 from trainer.job import TrainJob
 from trainer.learner import Tensors, student_spec
 
-BATCH = {"cpu": 128, "cuda": 256}
 STUDENT_RECIPE: dict[str, Any] = {
     "on": RECIPE["on"],
     "head": "light",
@@ -76,10 +69,7 @@ class Learner(TellingLearner):
     def losses(self, batch: Tensors, workers: int = 1) -> tuple[Tensor, Tensors, Tensors]:
         if not self.training:
             return super().losses(batch, workers)
-        images = normalise(batch[PICTURES]).contiguous(memory_format=self.memory_format)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16(images.device)):
-            out = self.student(images, STRIDE)
-        out = {name: value.float() for name, value in out.items()}
+        out = self(batch[PICTURES])
         seen = parts_in_tokens(batch["vertices_px"], self.part, PLACES)
         targets = token_targets(batch[KEYPOINTS_2D][..., :2], PLACES)
         return self.told(out, batch, out["features"], targets, seen)
@@ -88,32 +78,29 @@ class Learner(TellingLearner):
 def learner_of(job: TrainJob, _arguments: argparse.Namespace, _crops: Tensor) -> Learner:
     """The student, from random weights."""
     spec = student_spec(job.recipe)
-    return Learner(spec, job.recipe, load_hand_model(OPEN_HAND), feature_shape(spec, STRIDE)[0])
+    made = Learner(spec, job.recipe, load_hand_model(OPEN_HAND), feature_shape(spec, STRIDE)[0])
+    made.at_stride = STRIDE
+    return made
 
 
 def job_of(arguments: argparse.Namespace) -> TrainJob:
     """The student's training."""
     keys = STUDENT_RECIPE | {"backbone": arguments.backbone}
     weights = [OWN_FRAME_WEIGHT, TOKEN_LOSS_WEIGHT]
-    return named_job(name_of(arguments), keys, BATCH, arguments, {"told": weights, "stride": STRIDE})
-
-
-def name_of(arguments: argparse.Namespace) -> str:
-    return f"demo-{arguments.backbone}"
-
-
-STUDENT = Course(job_of, learner_of)
+    return named_job(f"demo-{arguments.backbone}", keys, BATCH, arguments, {"told": weights, "stride": STRIDE})
 
 
 def export(student: Student, path: Path) -> None:
     """Write a student's weights for `students.NAME.weights`: matrices in float16, the rest as they are."""
     weights = {
         name: (value.half() if value.ndim > 1 else value).contiguous()
-        for name, value in student.state_dict().items()
-        if not name.startswith("mano.")
+        for name, value in learnt(student.state_dict()).items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(path, save(weights))
+
+
+STUDENT = Course(job_of, learner_of, export)
 
 
 def parsed(line: list[str] | None = None) -> argparse.Namespace:
@@ -123,17 +110,5 @@ def parsed(line: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(line)
 
 
-def main() -> None:
-    arguments = parsed()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    held_out = render(arguments.folder, 0, "held-out", HELD_OUT)
-    if arguments.export is None:
-        train_together(arguments, STUDENT)
-        return
-    student = Student.load(best_so_far(arguments.folder, name_of(arguments)))
-    export(student, arguments.export)
-    print(evaluate(student, held_out), "mean pose", mean_pose_error(student.hand_model, held_out))
-
-
 if __name__ == "__main__":
-    main()
+    run(parsed(), STUDENT)

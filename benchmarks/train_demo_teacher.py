@@ -72,7 +72,6 @@ from trainer.losses import label_losses, points_3d, rotations, weighted
 from trainer.metrics import mpjpe_mm, pa_mpjpe_mm
 from trainer.optimizing import has_bfloat16
 
-NAME = "demo-teacher"
 SIZES = VitSizes(embed_dim=192, depth=8, num_heads=3)
 SPEC = StudentSpec(
     backbone="hamer",
@@ -480,10 +479,18 @@ class Course:
     job: Callable[[argparse.Namespace], TrainJob]
     learner: Callable[[TrainJob, argparse.Namespace, Tensor], TellingLearner]
     """Of the job, the arguments, and some plain crops (n, 256, 256, 3) uint8."""
+    export: Callable[[Student, Path], None]
 
 
-def train_together(arguments: argparse.Namespace, course: Course) -> None:
-    """Render what is not there yet, then train in as many processes as the arguments say."""
+def run(arguments: argparse.Namespace, course: Course) -> None:
+    """Train, in as many processes as the arguments say, or export the best so far; render what is not there yet."""
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    held_out = render(arguments.folder, 0, "held-out", HELD_OUT)
+    if arguments.export is not None:
+        student = Student.load(best_so_far(arguments.folder, course.job(arguments).name))
+        course.export(student, arguments.export)
+        print(evaluate(student, held_out), "mean pose", mean_pose_error(student.hand_model, held_out))
+        return
     render_all(arguments.folder, chunks_of(arguments))
     if arguments.device == "cuda":
         arguments.processes = 1
@@ -531,10 +538,10 @@ def job_of(arguments: argparse.Namespace) -> TrainJob:
     start = None if arguments.start_from is None else sha256_bytes(arguments.start_from.read_bytes())
     weights = [OWN_FRAME_WEIGHT, TOKEN_LOSS_WEIGHT, HAND_TOKENS_FIRST, WHOLE_EVERY, WHOLE_AT_LAST]
     decides = {"start": start, "tokens": arguments.tokens, "told": weights}
-    return named_job(NAME, RECIPE, BATCH, arguments, decides)
+    return named_job("demo-teacher", RECIPE, BATCH, arguments, decides)
 
 
-TEACHER = Course(job_of, learner_of)
+TEACHER = Course(job_of, learner_of, export_hamer_checkpoint)
 
 
 def named_job(
@@ -598,17 +605,5 @@ def parsed(line: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(line)
 
 
-def main() -> None:
-    arguments = parsed()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    held_out = render(arguments.folder, 0, "held-out", HELD_OUT)
-    if arguments.export is not None:
-        student = Student.load(best_so_far(arguments.folder, NAME))
-        export_hamer_checkpoint(student, arguments.export)
-        print(evaluate(student, held_out), "mean pose", mean_pose_error(student.hand_model, held_out))
-        return
-    train_together(arguments, TEACHER)
-
-
 if __name__ == "__main__":
-    main()
+    run(parsed(), TEACHER)

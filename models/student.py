@@ -91,7 +91,7 @@ class Student(nn.Module):
             self._start_from(start, weights)
 
     def _start_from(self, start: dict[str, Tensor], weights: Path | None) -> None:
-        wanted = {name: tuple(value.shape) for name, value in _learnt(self.state_dict()).items()}
+        wanted = {name: tuple(value.shape) for name, value in learnt(self.state_dict()).items()}
         if (odd := _first_difference(wanted, start)) is not None:
             raise InputError(
                 f"{weights}: a student of another network: {odd}. Wanted one with the same backbone and head as this."
@@ -132,7 +132,7 @@ class Student(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {
             name: value.clone(memory_format=torch.contiguous_format)  # tied weights may not share memory in the file
-            for name, value in _learnt(self.state_dict()).items()
+            for name, value in learnt(self.state_dict()).items()
         }
         write_bytes_atomic(folder / _WEIGHTS_FILE, save_safetensors(weights))
         save_hand_model(self.hand_model, folder / HAND_FILE)
@@ -182,12 +182,12 @@ class _StoredSpec(Section):
 def _check_weights(spec: StudentSpec, hand_model: HandModel, weights: dict[str, Tensor], folder: Path) -> None:
     """Whether the weights are of the network that the specification names, before that takes any memory."""
     with torch.device("meta"):
-        wanted = {name: tuple(value.shape) for name, value in _learnt(Student(spec, hand_model).state_dict()).items()}
+        wanted = {name: tuple(value.shape) for name, value in learnt(Student(spec, hand_model).state_dict()).items()}
     if (odd := _first_difference(wanted, weights)) is not None:
         raise DamageError(f"{folder}: the weights are of another network: {odd}. Train it again.")
 
 
-def _learnt(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def learnt(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A student's state without its hand model's."""
     return {name: value for name, value in state.items() if not name.startswith("mano.")}
 
@@ -248,7 +248,7 @@ def export_hamer_checkpoint(student: Student, folder: Path, dtype: torch.dtype =
     if student.spec.backbone != HAMER:
         raise InputError(f"backbone {student.spec.backbone!r}: only {HAMER!r} has HaMeR's checkpoint layout.")
     config = HamerConfig(vit=student.spec.vit or VitSizes(), decoder=student.spec.decoder_sizes)
-    state = {name: value.to(dtype) for name, value in student.state_dict().items() if not name.startswith("mano.")}
+    state = {name: value.to(dtype) for name, value in learnt(student.state_dict()).items()}
     lightning = {"epoch": 0, "global_step": 0, "state_dict": state, "hyper_parameters": {}}
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     torch.save(lightning, folder / "checkpoints" / "hamer.ckpt")

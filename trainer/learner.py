@@ -60,16 +60,18 @@ class StudentUnderTraining(nn.Module):
         if recipe.channels_last and student.channels_last_safe:
             self.memory_format = torch.channels_last
         self.decoder = decoder or FeatureDecoder()
+        self.at_stride: int | None = recipe.distill.compared_stride
+        """Of the map that `features` are; None: the last."""
         self.feature_loss: FeatureLoss | None = None
         if recipe.distill.features:
-            shape = feature_shape(student.spec, recipe.distill.compared_stride)
+            shape = feature_shape(student.spec, self.at_stride)
             self.feature_loss = FeatureLoss(recipe.distill, grid, shape, teacher_dim)
 
     def forward(self, pictures: Tensor) -> Tensors:
         """The student's answers to uint8 RGB pictures (B,256,256,3), float32 whatever the autocast."""
         images = normalise(pictures).contiguous(memory_format=self.memory_format)
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.bf16(pictures.device)):
-            outputs = self.student(images, self.recipe.distill.compared_stride)
+            outputs = self.student(images, self.at_stride)
         return {name: value.float() for name, value in outputs.items()}
 
     def bf16(self, device: torch.device) -> bool:

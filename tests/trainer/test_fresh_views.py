@@ -35,9 +35,9 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def student_script(script: ModuleType) -> ModuleType:
-    """The script beside it, which takes most from it."""
+    """The script beside it, which takes most from it, its short batches too."""
+    assert script.BATCH["cpu"] == 4
     module = loaded("train_demo_student")
-    module.BATCH = script.BATCH
     module.STUDENT_RECIPE |= SHORT
     return module
 
